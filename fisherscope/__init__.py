@@ -1,0 +1,1 @@
+"""Per-sample gradients, Fisher information and interference for every attention head of a HF model."""

@@ -1,0 +1,122 @@
+"""JSON form of a model layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fisherscope.layout.model import AttentionLayout, HeadBlock, MlpLayout, ModelLayout, ParameterInfo
+from fisherscope.layout.partition import Partition
+
+
+def encode(layout: ModelLayout) -> dict[str, Any]:
+    """Plain lists, dicts, strings and ints."""
+    return {
+        "model_type": layout.model_type,
+        "parameters": [
+            {"name": p.name, "shape": list(p.shape), "kind": p.kind, "layer": p.layer, "stack": p.stack}
+            for p in layout.parameters
+        ],
+        "attention": [
+            {
+                "layer": a.layer,
+                "stack": a.stack,
+                "module": a.module,
+                "output": a.output,
+                "n_heads": a.n_heads,
+                "n_kv_heads": a.n_kv_heads,
+                "blocks": [
+                    {
+                        "name": b.name,
+                        "weight": _encode_partition(b.weight),
+                        "bias": None if b.bias is None else _encode_partition(b.bias),
+                    }
+                    for b in a.blocks
+                ],
+            }
+            for a in layout.attention
+        ],
+        "mlps": [
+            {
+                "layer": m.layer,
+                "stack": m.stack,
+                "module": m.module,
+                "weights": [_encode_partition(p) for p in m.weights],
+                "biases": [_encode_partition(p) for p in m.biases],
+            }
+            for m in layout.mlps
+        ],
+    }
+
+
+def decode(data: dict[str, Any]) -> ModelLayout:
+    """Inverse of :func:`encode`.
+
+    Raises:
+        ValueError: a field is missing or has the wrong form.
+    """
+    try:
+        return ModelLayout(
+            model_type=str(data["model_type"]),
+            parameters=tuple(
+                ParameterInfo(p["name"], tuple(p["shape"]), p["kind"], p["layer"], p["stack"])
+                for p in data["parameters"]
+            ),
+            attention=tuple(_decode_attention(a) for a in data["attention"]),
+            mlps=tuple(
+                MlpLayout(
+                    layer=m["layer"],
+                    module=m["module"],
+                    weights=tuple(_decode_partition(p) for p in m["weights"]),
+                    biases=tuple(_decode_partition(p) for p in m["biases"]),
+                    stack=m["stack"],
+                )
+                for m in data["mlps"]
+            ),
+        )
+    except (KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"not a model layout: {error!r}") from error
+
+
+def _decode_attention(data: dict[str, Any]) -> AttentionLayout:
+    return AttentionLayout(
+        layer=data["layer"],
+        module=data["module"],
+        output=data["output"],
+        n_heads=data["n_heads"],
+        n_kv_heads=data["n_kv_heads"],
+        blocks=tuple(
+            HeadBlock(
+                b["name"],
+                _decode_partition(b["weight"]),
+                None if b["bias"] is None else _decode_partition(b["bias"]),
+            )
+            for b in data["blocks"]
+        ),
+        stack=data["stack"],
+    )
+
+
+def _encode_partition(partition: Partition) -> dict[str, Any]:
+    starts: Any = list(partition.starts)
+    if len(starts) > 2:
+        stride = starts[1] - starts[0]
+        if starts == list(range(starts[0], starts[0] + stride * len(starts), stride or 1)):
+            starts = {"first": starts[0], "stride": stride, "count": len(starts)}
+    return {
+        "parameter": partition.parameter,
+        "shape": list(partition.shape),
+        "axis": partition.axis,
+        "starts": starts,
+        "width": partition.width,
+    }
+
+
+def _decode_partition(data: dict[str, Any]) -> Partition:
+    starts = data["starts"]
+    if isinstance(starts, dict):
+        first, stride, count = starts["first"], starts["stride"], starts["count"]
+        longest = max(data["shape"], default=0)
+        if not 0 < count <= longest or stride < 1:
+            raise ValueError(f"not a partition: {count} pieces of {data['parameter']!r}, stride {stride}")
+        starts = range(first, first + stride * count, stride)
+    return Partition(data["parameter"], tuple(data["shape"]), data["axis"], tuple(starts), data["width"])

@@ -1,0 +1,8 @@
+"""The algebra of per-sample gradients. Nothing here knows a model, a task or a file."""
+
+from fisherscope.linalg.dense import Dense
+from fisherscope.linalg.factored import Factored
+from fisherscope.linalg.gradient import PerSampleGradient
+from fisherscope.linalg.moments import Moments
+
+__all__ = ["Dense", "Factored", "Moments", "PerSampleGradient"]

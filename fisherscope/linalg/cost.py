@@ -1,0 +1,33 @@
+"""Which of two exact routes is cheaper: a model of the work, kept honest by ``benchmarks/norms.py``."""
+
+from __future__ import annotations
+
+from fisherscope.layout import Partition
+
+# Reading, squaring and reducing one entry of a materialised gradient costs about as much as this many
+# multiply-adds of a matrix product.
+_PASS_COST = 12.0
+
+
+def gram_is_cheaper(n: int, positions: int, shape: tuple[int, ...], partition: Partition | None) -> bool:
+    """Whether norms come cheaper from a Gram matrix over positions than from the gradients themselves.
+
+    Per sample, with T positions and a parameter [R, C] cut along R, the Gram route forms the T x T Gram
+    of the other side (T^2 C) and multiplies it with the cut side (T^2 R); materialising costs T R C and a
+    few passes over R C entries.
+    """
+    del n
+    rows, columns = shape
+    width = rows if partition is None or partition.axis == 0 else columns
+    gram = positions * positions * (rows + columns) + 2 * _PASS_COST * positions * width
+    return gram < positions * rows * columns + _PASS_COST * rows * columns
+
+
+def pair_gram_is_cheaper(
+    n: int, m: int, positions: int, other_positions: int, shape: tuple[int, ...]
+) -> bool:
+    """Whether all inner products of two sets of samples come cheaper over positions than materialised."""
+    rows, columns = shape
+    pairs = n * m * positions * other_positions * (rows + columns + _PASS_COST)
+    dense = (n * positions + m * other_positions + n * m) * rows * columns
+    return pairs < dense
