@@ -1,0 +1,1 @@
+"""One file per group of families with the same module names."""

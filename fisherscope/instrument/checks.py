@@ -1,0 +1,99 @@
+"""What is checked about a model and its losses before their gradients are believed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fisherscope.errors import CoupledSamplesError, FisherscopeError, NonFiniteError
+from fisherscope.instrument.batch import Batch
+from fisherscope.instrument.objectives import Objective
+
+_TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-6}
+_TOLERANCE_LOW_PRECISION = 1e-1
+
+
+def check_losses(losses: Tensor, model: nn.Module, objective: Objective, batch: Batch) -> None:
+    """One finite loss per sample, or an error that names the sample and the layer.
+
+    Raises:
+        FisherscopeError: the objective returned something else than ``[n]``.
+        NonFiniteError: a loss is NaN or infinite.
+    """
+    if losses.shape != (len(batch),):
+        raise FisherscopeError(
+            f"the objective must return one loss per sample, [{len(batch)}], and not {tuple(losses.shape)}: "
+            "sum the token losses of each sample, do not average over the batch"
+        )
+    bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
+    if bad:
+        where = _first_non_finite_module(model, objective, batch)
+        names = ", ".join(batch.sample_id(i) for i in bad[:5])
+        raise NonFiniteError(
+            f"the loss of {names} is not finite; the first module with a non-finite output is {where}"
+        )
+
+
+def check_rows(square: Tensor, parameter_of: Callable[[int], str], batch: Batch) -> None:
+    """Finite gradients only.
+
+    Args:
+        square: group values of the batch, ``[n, groups]``.
+        parameter_of: name of the parameter (or MLP) of a group.
+        batch: the batch.
+
+    Raises:
+        NonFiniteError: a gradient is NaN or infinite.
+    """
+    bad = (~torch.isfinite(square)).nonzero()
+    if len(bad):
+        sample, group = bad[0].tolist()
+        raise NonFiniteError(
+            f"the gradient of {batch.sample_id(sample)} with respect to {parameter_of(group)} is not finite: "
+            "a half-precision model may overflow in the backward pass; load it in float32 or bfloat16"
+        )
+
+
+def check_independence(alone: Tensor, together: Tensor, sample: str, dtype: torch.dtype) -> None:
+    """The same sample has the same gradient alone and among others.
+
+    Args:
+        alone, together: group values of the sample, ``[groups]``.
+        sample: its id.
+        dtype: of the model's weights.
+
+    Raises:
+        CoupledSamplesError: the values differ by more than rounding.
+    """
+    tolerance = _TOLERANCE.get(dtype, _TOLERANCE_LOW_PRECISION)
+    scale = torch.maximum(alone.abs().max(), together.abs().max()).clamp_min(torch.finfo(alone.dtype).tiny)
+    difference = float((alone - together).abs().max() / scale)
+    if difference > tolerance:
+        raise CoupledSamplesError(
+            f"the gradient of {sample} changes by {difference:.1%} with the other samples of its batch: "
+            "something couples them (batch normalisation, a loss over the whole batch, position ids that "
+            "ignore padding), so per-sample gradients do not exist; use batch_size=1 or remove the coupling"
+        )
+
+
+def _first_non_finite_module(model: nn.Module, objective: Objective, batch: Batch) -> str:
+    found: list[str] = []
+
+    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            tensor = output[0] if isinstance(output, tuple) and output else output
+            if not found and isinstance(tensor, Tensor) and not torch.isfinite(tensor).all():
+                found.append(name)
+
+        return hook
+
+    with ExitStack() as stack, torch.no_grad():
+        for name, module in model.named_modules():
+            if name:
+                stack.callback(module.register_forward_hook(watch(name)).remove)
+        objective(model, batch)
+    return found[0] if found else "none (the loss itself overflows)"

@@ -1,0 +1,7 @@
+"""Task rows to samples: text, prompts, chats, token ids and batches, with loss where it belongs."""
+
+from fisherscope.instrument.data.jsonl import JsonlRow, read_jsonl
+from fisherscope.instrument.data.prepare import prepare_task
+from fisherscope.instrument.data.sample import IGNORED, Sample
+
+__all__ = ["IGNORED", "JsonlRow", "Sample", "prepare_task", "read_jsonl"]

@@ -1,0 +1,125 @@
+"""Walking through the rows of a task: whatever iterable was given, one row at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fisherscope.errors import DataError
+from fisherscope.instrument.data.place import Place
+from fisherscope.instrument.data.whole_numbers import dimensions
+
+ACCEPTED = (
+    'accepted are a string, {"text"}, {"prompt", "completion"}, {"messages"}, '
+    '{"input_ids", "labels", "attention_mask"} (the last two optional), a list or 1-D tensor of ids, '
+    "and batches of those as a DataLoader yields them"
+)
+_PER_SAMPLE = ("labels", "attention_mask", "position_ids")
+
+
+def walk(task: str, rows: Any) -> Iterator[tuple[Place, Any]]:
+    """Yield every row of a task with its place; batches are split into rows.
+
+    Raises:
+        DataError: the rows are no iterable of rows.
+    """
+    number = 0
+    for item in _iterable(task, rows):
+        place = Place(task, number, getattr(item, "source", None))
+        for row in _split(item, place):
+            yield Place(task, number, place.source), row
+            number += 1
+
+
+def _iterable(task: str, rows: Any) -> Iterable[Any]:
+    """The rows as an iterable, with a word about the usual mix-ups."""
+    if isinstance(rows, str | bytes | Path):
+        raise DataError(
+            f"task {task!r}: a {type(rows).__name__}, not rows; read a file with "
+            "fisherscope.instrument.data.read_jsonl(path), put a single text into a list"
+        )
+    if isinstance(rows, Mapping):
+        if "input_ids" in rows:
+            return (rows,)
+        raise DataError(
+            f"task {task!r}: a mapping with the keys {_keys(rows)}, not rows; "
+            "give a list of rows, or one split of a DatasetDict"
+        )
+    if hasattr(rows, "to_dict") and hasattr(rows, "columns"):
+        raise DataError(f"task {task!r}: a {type(rows).__name__}; pass frame.to_dict('records') instead")
+    try:
+        items: Iterable[Any] = iter(rows)
+    except TypeError as error:
+        raise DataError(f"task {task!r}: a {type(rows).__name__} is no list of rows; {ACCEPTED}") from error
+    return items
+
+
+def _split(item: Any, place: Place) -> Iterator[Any]:
+    """The rows of one item: itself, or, if it is a batch, one after the other."""
+    if isinstance(item, Mapping):
+        yield from _split_mapping(item, place)
+    elif dimensions(item) == 2 or _is_text_batch(item):
+        yield from item
+    elif isinstance(item, list | tuple) and any(hasattr(entry, "ndim") and entry.ndim for entry in item):
+        if len(item) != 1 or item[0].ndim != 2:
+            raise place.error(
+                f"a {type(item).__name__} of {len(item)} tensors does not say which is which; "
+                'yield dicts of "input_ids", "labels" and "attention_mask" instead'
+            )
+        yield from item[0]
+    else:
+        yield item
+
+
+def _split_mapping(item: Mapping[str, Any], place: Place) -> Iterator[Any]:
+    # a column of a dataset that this row does not use is None
+    row = {key: value for key, value in item.items() if value is not None} or dict(item)
+    if "input_ids" not in row:
+        texts = {key: row[key] for key in ("text", "prompt", "completion") if key in row}
+        if texts and "messages" not in row and all(_is_text_batch(value) for value in texts.values()):
+            _check_sizes({key: len(value) for key, value in texts.items()}, place)
+            for values in zip(*texts.values(), strict=True):
+                yield dict(zip(texts, values, strict=True))
+            return
+        yield row
+        return
+    ids = row["input_ids"]
+    if isinstance(ids, list | tuple) and any(getattr(entry, "ndim", 0) for entry in ids):
+        raise place.error(
+            'a list of tensors as "input_ids" is what default_collate makes of lists, with rows and '
+            "positions exchanged; give the DataLoader a collate_fn that pads and stacks to a 2-D tensor"
+        )
+    if dimensions(ids) != 2:
+        yield row
+        return
+    yield from _split_ids(row, place)
+
+
+def _split_ids(row: dict[str, Any], place: Place) -> Iterator[dict[str, Any]]:
+    size = len(row["input_ids"])
+    columns = {"input_ids": row["input_ids"]}
+    for key in _PER_SAMPLE:
+        if key in row:
+            value = row[key]
+            # position_ids of shape [1, length] hold for every row of the batch
+            broadcast = key == "position_ids" and dimensions(value) == 2 and len(value) == 1
+            columns[key] = [value[0]] * size if broadcast else value
+    _check_sizes({key: len(value) for key, value in columns.items()}, place)
+    # what is not one value per position stays whole: the check for packing looks at its name
+    rest = {key: value for key, value in row.items() if key not in columns and key != "text"}
+    for index in range(size):
+        yield {**rest, **{key: value[index] for key, value in columns.items()}}
+
+
+def _is_text_batch(value: Any) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(entry, str) for entry in value)
+
+
+def _check_sizes(sizes: dict[str, int], place: Place) -> None:
+    if len(set(sizes.values())) > 1:
+        raise place.error(f"the parts of the batch have different numbers of rows: {sizes}")
+
+
+def _keys(row: Mapping[Any, Any]) -> list[str]:
+    return [str(key) for key in row]

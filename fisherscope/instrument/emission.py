@@ -1,0 +1,95 @@
+"""The gradients of one parameter for one batch, as extensions see them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fisherscope.instrument.batch import Batch
+from fisherscope.layout import Member
+from fisherscope.linalg import Dense, PerSampleGradient
+
+Normalization = Literal["per_token", "none", "mean"]
+
+
+def normalization_factors(tokens: Tensor, normalization: Normalization) -> Tensor:
+    """What each sample's gradient is multiplied with: h_i = factor_i g_i.
+
+    Args:
+        tokens: T_i, ``[n]``.
+        normalization: "per_token" 1/sqrt(T_i), "none" 1, "mean" 1/T_i.
+
+    Returns:
+        ``[n]`` float32.
+    """
+    counts = tokens.to(torch.float32)
+    match normalization:
+        case "per_token":
+            return counts.rsqrt()
+        case "none":
+            return torch.ones_like(counts)
+        case "mean":
+            return counts.reciprocal()
+    raise ValueError(f"normalization={normalization!r} is not one of 'per_token', 'none', 'mean'")
+
+
+@dataclass
+class Sinks:
+    """Accumulators that want a pass over the normalised gradients, ``[*shape]`` float32 each.
+
+    Attributes:
+        square: ``sum_i h_i ** 2`` is added here.
+        total: ``sum_i h_i`` is added here.
+    """
+
+    square: Tensor | None = None
+    total: Tensor | None = None
+
+
+@dataclass
+class Emission:
+    """Per-sample gradients of one parameter for one batch, with what is shared between extensions.
+
+    Attributes:
+        parameter: its name.
+        batch: the samples.
+        gradient: g, as the rule made it.
+        theta: the parameter's values, in the compute dtype.
+        members: the groups that the parameter adds to.
+        factors: h_i = factors_i g_i, ``[n]``.
+        sinks: accumulators to fill in the one pass over the gradients.
+        want_dense: whether somebody needs the gradients themselves; they are then formed once.
+    """
+
+    parameter: str
+    batch: Batch
+    gradient: PerSampleGradient
+    theta: Tensor
+    members: tuple[Member, ...]
+    factors: Tensor
+    sinks: Sinks
+    want_dense: bool
+
+    @cached_property
+    def dense(self) -> Tensor:
+        """G itself, ``[n, *shape]`` float32."""
+        return self.gradient.dense()
+
+    @cached_property
+    def square_norms(self) -> list[Tensor]:
+        """Sum of h ** 2 over each piece of each member: ``[n, pieces]``. Fills the sinks on first use."""
+        source = Dense(self.dense) if self.want_dense else self.gradient
+        normalised = source.scaled(self.factors)
+        partitions = [member.partition for member in self.members]
+        if self.sinks.square is None and self.sinks.total is None:
+            return normalised.norms(partitions)
+        return normalised.accumulate(square=self.sinks.square, total=self.sinks.total, partitions=partitions)
+
+    @cached_property
+    def dots(self) -> list[Tensor]:
+        """``<g, theta>`` over each piece of each member: ``[n, pieces]``."""
+        return self.gradient.dots(self.theta, [member.partition for member in self.members])

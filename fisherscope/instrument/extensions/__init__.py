@@ -1,0 +1,15 @@
+"""Extensions: which quantities are emitted. One file per quantity."""
+
+from fisherscope.instrument.extensions.base import Collector, Extension
+from fisherscope.instrument.extensions.fisher import Fisher
+from fisherscope.instrument.extensions.registry import register_extension, resolve_extensions
+from fisherscope.instrument.extensions.sample_gradients import SampleGradients
+
+__all__ = [
+    "Collector",
+    "Extension",
+    "Fisher",
+    "SampleGradients",
+    "register_extension",
+    "resolve_extensions",
+]

@@ -1,0 +1,90 @@
+"""What an extension is: frozen options, and a collector that works for one task."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fisherscope.instrument.emission import Emission, Normalization, Sinks
+from fisherscope.layout import GroupTable, ModelLayout
+from fisherscope.store import SegmentWriter
+
+
+@dataclass(frozen=True)
+class Context:
+    """What collectors may know of the run.
+
+    Attributes:
+        layout: the model's layout.
+        parameters: names and values of the instrumented parameters.
+        groups: the table of groups.
+        normalization: how g becomes h.
+        device: where accumulators live.
+    """
+
+    layout: ModelLayout
+    parameters: Mapping[str, nn.Parameter]
+    groups: GroupTable
+    normalization: Normalization
+    device: torch.device
+
+
+class Collector(ABC):
+    """Consumes the emissions of one task's batches.
+
+    The loop calls :meth:`begin`, then :meth:`update` once per parameter in the order of the backward pass,
+    then :meth:`end`. What must survive a crash without being written per sample is the state.
+    """
+
+    def wants_dense(self, parameter: str) -> bool:
+        """Whether :meth:`update` reads ``emission.dense`` of this parameter."""
+        del parameter
+        return False
+
+    def sinks(self, parameter: str) -> Sinks:
+        """Accumulators to be filled for this parameter."""
+        del parameter
+        return Sinks()
+
+    def begin(self, n: int) -> None:
+        """A batch of ``n`` samples begins."""
+
+    @abstractmethod
+    def update(self, emission: Emission, segment: SegmentWriter | None, start: int) -> None:
+        """Take one parameter's gradients.
+
+        Args:
+            emission: the gradients.
+            segment: where per-sample rows go; None when the batch is redone for its aggregates alone.
+            start: the batch's first row in the segment.
+        """
+
+    def end(self, segment: SegmentWriter | None, start: int) -> None:
+        """The batch has ended: write rows, merge moments."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Aggregates, as CPU tensors; they may be the live accumulators, so write them before going on."""
+        return {}
+
+    def load_state(self, arrays: Mapping[str, Tensor]) -> None:
+        """Continue from what :meth:`state` gave; unknown names are for other collectors."""
+
+
+@dataclass(frozen=True)
+class Extension(ABC):
+    """Options of one quantity. Subclasses are frozen dataclasses that validate in ``__post_init__``."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def collector(self, context: Context) -> Collector:
+        """A fresh collector for one task."""
+
+    def options(self) -> dict[str, Any]:
+        """The options as JSON data; part of the run's fingerprint."""
+        return asdict(self)

@@ -1,0 +1,80 @@
+"""The diagonal empirical Fisher: square, then average."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from fisherscope.instrument.emission import Emission, Normalization, Sinks
+from fisherscope.instrument.extensions.base import Collector, Context, Extension
+from fisherscope.instrument.extensions.registry import register_extension
+from fisherscope.store import SegmentWriter
+
+
+@register_extension
+@dataclass(frozen=True)
+class Fisher(Extension):
+    """F = E_i[h_i ** 2] per entry of every instrumented parameter, with the mean of h beside it.
+
+    Attributes:
+        shape: "full" keeps F and mean h in the parameter's shape (float32, 8 bytes per entry and task);
+            "groups" keeps head, channel and parameter values only.
+        normalization: h_i = g_i / sqrt(T_i) for "per_token", g_i for "none", g_i / T_i for "mean".
+    """
+
+    name: ClassVar[str] = "fisher"
+    shape: Literal["full", "groups"] = "full"
+    normalization: Normalization = "per_token"
+
+    def __post_init__(self) -> None:
+        if self.shape not in {"full", "groups"}:
+            raise ValueError(f"Fisher(shape={self.shape!r}): use 'full' or 'groups'")
+        if self.normalization not in {"per_token", "none", "mean"}:
+            raise ValueError(
+                f"Fisher(normalization={self.normalization!r}): use 'per_token', 'none' or 'mean'"
+            )
+
+    @override
+    def collector(self, context: Context) -> Collector:
+        return FisherCollector(context, full=self.shape == "full")
+
+
+class FisherCollector(Collector):
+    """Sums of h ** 2 and of h, streamed: nothing per sample is kept."""
+
+    def __init__(self, context: Context, *, full: bool) -> None:
+        """Zero accumulators in the shape of each parameter, or none at all."""
+        self._square: dict[str, Tensor] = {}
+        self._total: dict[str, Tensor] = {}
+        if full:
+            for name, parameter in context.parameters.items():
+                self._square[name] = torch.zeros(parameter.shape, device=parameter.device)
+                self._total[name] = torch.zeros(parameter.shape, device=parameter.device)
+
+    @override
+    def sinks(self, parameter: str) -> Sinks:
+        return Sinks(self._square.get(parameter), self._total.get(parameter))
+
+    @override
+    def update(self, emission: Emission, segment: SegmentWriter | None, start: int) -> None:
+        # the pass over the gradients, which the group values share, has filled the sinks
+        del segment, start
+        _ = emission.square_norms
+
+    @override
+    def state(self) -> dict[str, Tensor]:
+        arrays = {f"fisher/data/{name}": value for name, value in self._square.items()}
+        arrays.update({f"mean/{name}": value for name, value in self._total.items()})
+        return {name: value.detach().cpu() for name, value in arrays.items()}
+
+    @override
+    def load_state(self, arrays: Mapping[str, Tensor]) -> None:
+        for name, value in self._square.items():
+            value.copy_(arrays[f"fisher/data/{name}"])
+        for name, value in self._total.items():
+            value.copy_(arrays[f"mean/{name}"])

@@ -1,0 +1,70 @@
+"""Per sample and group: sum of g ** 2 and <g, theta>. Always collected, whatever else is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from fisherscope.instrument.emission import Emission
+from fisherscope.instrument.extensions.base import Collector, Context
+from fisherscope.linalg import Moments
+from fisherscope.store import SegmentWriter
+
+
+class GroupValues(Collector):
+    """Reduces each parameter's gradients over its heads, channels and as a whole, after squaring.
+
+    The rows carry bootstrap, Taylor and importance analyses without the model. Their moments are kept in
+    float64 as running aggregates, too, so that a reader need not touch every row.
+    """
+
+    def __init__(self, context: Context) -> None:
+        """Nothing is allocated before the first batch."""
+        self._size = len(context.groups)
+        self._device = context.device
+        self._moments = Moments.empty(self._size)
+        self.square = self.dot = torch.empty(0)
+        self._normalised = torch.empty(0)
+
+    @override
+    def begin(self, n: int) -> None:
+        self.square = torch.zeros(n, self._size, device=self._device)
+        self.dot = torch.zeros(n, self._size, device=self._device)
+        self._normalised = torch.zeros(n, self._size, device=self._device)
+
+    @override
+    def update(self, emission: Emission, segment: SegmentWriter | None, start: int) -> None:
+        del segment, start
+        undo = emission.factors.square().reciprocal().unsqueeze(1)
+        for member, norms, dots in zip(emission.members, emission.square_norms, emission.dots, strict=True):
+            columns = slice(member.first, member.first + norms.shape[1])
+            # several parameters add to one channel
+            self._normalised[:, columns] += norms.to(self._device)
+            self.square[:, columns] += (norms * undo).to(self._device)
+            self.dot[:, columns] += dots.to(self._device)
+
+    @override
+    def end(self, segment: SegmentWriter | None, start: int) -> None:
+        self._moments = self._moments.merge(Moments.of(self._normalised.cpu().numpy()))
+        if segment is not None:
+            segment.put("groups/square", start, self.square.cpu())
+            segment.put("groups/dot", start, self.dot.cpu())
+
+    @override
+    def state(self) -> dict[str, Tensor]:
+        return {
+            "moments/count": torch.tensor([self._moments.count]),
+            "moments/mean": torch.from_numpy(self._moments.mean.copy()),
+            "moments/m2": torch.from_numpy(self._moments.m2.copy()),
+        }
+
+    @override
+    def load_state(self, arrays: Mapping[str, Tensor]) -> None:
+        self._moments = Moments(
+            int(arrays["moments/count"]),
+            arrays["moments/mean"].numpy().copy(),
+            arrays["moments/m2"].numpy().copy(),
+        )

@@ -1,0 +1,83 @@
+"""Options of a collection."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from fisherscope.instrument.batch import BatchSize
+from fisherscope.instrument.extensions import Extension, Fisher, SampleGradients, resolve_extensions
+from fisherscope.instrument.objectives import Objective
+
+ComputeDtype = Literal["float32", "float64", "bfloat16"]
+Durability = Literal["power", "process", "none"]
+
+
+@dataclass(frozen=True)
+class CollectOptions:
+    """How a collection runs; see :meth:`fisherscope.instrument.scope.Scope.collect`."""
+
+    extensions: Sequence[str | Extension] = ("fisher", "sample_gradients")
+    objective: str | Objective = "auto"
+    max_length: int | None = None
+    max_samples: int | None = None
+    batch_size: BatchSize = "auto"
+    compute_dtype: ComputeDtype = "float32"
+    store_text: bool = True
+    durability: Durability = "power"
+    deterministic: bool = False
+    resume: bool = True
+    seed: int = 0
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("max_length", "max_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be a positive number or None, got {value}")
+        if self.batch_size != "auto" and (not isinstance(self.batch_size, int) or self.batch_size < 1):
+            raise ValueError(f"batch_size must be a positive number or 'auto', got {self.batch_size!r}")
+        if self.compute_dtype not in {"float32", "float64", "bfloat16"}:
+            raise ValueError(
+                f"compute_dtype={self.compute_dtype!r}: use 'float32', 'float64' or 'bfloat16'; "
+                "float16 cannot hold squared gradients"
+            )
+        if self.durability not in {"power", "process", "none"}:
+            raise ValueError(f"durability={self.durability!r}: use 'power', 'process' or 'none'")
+        object.__setattr__(self, "extensions", resolve_extensions(self.extensions))
+
+    @property
+    def resolved(self) -> tuple[Extension, ...]:
+        """The extensions as objects."""
+        return resolve_extensions(self.extensions)
+
+    @property
+    def fisher(self) -> Fisher | None:
+        """Options of the Fisher extension, None where it is not collected."""
+        return next((e for e in self.resolved if isinstance(e, Fisher)), None)
+
+    @property
+    def sample_gradients(self) -> SampleGradients | None:
+        """Options of the stored gradients, None where they are not collected."""
+        return next((e for e in self.resolved if isinstance(e, SampleGradients)), None)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The compute dtype."""
+        return {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}[
+            self.compute_dtype
+        ]
+
+    def identity(self) -> dict[str, Any]:
+        """What of the options identifies a run, as JSON data."""
+        return {
+            "extensions": {e.name: e.options() for e in self.resolved},
+            "max_length": self.max_length,
+            "batch_size": self.batch_size,
+            "compute_dtype": self.compute_dtype,
+            "store_text": self.store_text,
+            "seed": self.seed,
+        }

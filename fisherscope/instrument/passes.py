@@ -1,0 +1,104 @@
+"""One batch: a forward pass, one backward pass, and every quantity of every parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fisherscope.instrument.batch import Batch
+from fisherscope.instrument.checks import check_losses
+from fisherscope.instrument.emission import Emission, Sinks, normalization_factors
+from fisherscope.instrument.extensions.base import Collector, Context
+from fisherscope.instrument.hooks import GradientTap
+from fisherscope.instrument.objectives import Objective
+from fisherscope.instrument.targets import Targets
+from fisherscope.linalg import Dense, PerSampleGradient
+from fisherscope.store import SegmentWriter
+
+
+class BatchPass:
+    """Runs batches of one model; to be used inside :func:`~fisherscope.instrument.hooks.prepared`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: Targets,
+        objective: Objective,
+        context: Context,
+        compute_dtype: torch.dtype,
+    ) -> None:
+        """Nothing is hooked before :meth:`run`."""
+        self._model = model
+        self._objective = objective
+        self._context = context
+        self._tap = GradientTap(targets, self._emit, compute_dtype)
+        self._dtype = compute_dtype
+        self._collectors: Sequence[Collector] = ()
+        self._batch: Batch | None = None
+        self._factors = torch.empty(0)
+        self._segment: SegmentWriter | None = None
+        self._start = 0
+        self._emitted: set[str] = set()
+
+    def run(
+        self,
+        batch: Batch,
+        collectors: Sequence[Collector],
+        segment: SegmentWriter | None = None,
+        start: int = 0,
+    ) -> Tensor:
+        """Feed the collectors from one backward pass.
+
+        Args:
+            batch: the samples.
+            collectors: who consumes the gradients.
+            segment: where per-sample rows go, None for aggregates alone.
+            start: the batch's first row in the segment.
+
+        Returns:
+            Losses L_i, ``[n]`` float64 on the CPU.
+        """
+        self._batch, self._collectors = batch, collectors
+        self._segment, self._start = segment, start
+        self._factors = normalization_factors(batch.tokens, self._context.normalization)
+        self._emitted.clear()
+        for collector in collectors:
+            collector.begin(len(batch))
+        with self._tap.attached(len(batch)):
+            losses = self._objective(self._model, batch)
+            check_losses(losses, self._model, self._objective, batch)
+            losses.sum().backward()  # type: ignore[no-untyped-call]
+        for name in self._context.parameters.keys() - self._emitted:
+            # not on the path from the input to the loss: its gradient is zero, and that is a value
+            parameter = self._context.parameters[name]
+            self._emit(name, Dense(torch.zeros(len(batch), *parameter.shape, device=parameter.device)))
+        for collector in collectors:
+            collector.end(segment, start)
+        return losses.detach().double().cpu()
+
+    def _emit(self, name: str, gradient: PerSampleGradient) -> None:
+        if self._batch is None:
+            raise RuntimeError("a gradient arrived outside a batch")
+        self._emitted.add(name)
+        emission = Emission(
+            parameter=name,
+            batch=self._batch,
+            gradient=gradient,
+            theta=self._context.parameters[name].detach().to(self._dtype),
+            members=self._context.groups.members[name],
+            factors=self._factors.to(gradient.device),
+            sinks=_only(collector.sinks(name) for collector in self._collectors),
+            want_dense=any(collector.wants_dense(name) for collector in self._collectors),
+        )
+        for collector in self._collectors:
+            collector.update(emission, self._segment, self._start)
+
+
+def _only(offered: Iterable[Sinks]) -> Sinks:
+    """The sinks of the one collector that has any."""
+    filled = [s for s in offered if s.square is not None or s.total is not None]
+    if len(filled) > 1:
+        raise RuntimeError("two collectors accumulate squares of one parameter: one pass can fill only one")
+    return filled[0] if filled else Sinks()

@@ -1,0 +1,73 @@
+"""The one place where layer rules are registered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import entry_points
+
+from torch import Tensor, nn
+
+from fisherscope.linalg import PerSampleGradient
+
+RuleFunction = Callable[[nn.Module, Tensor, Tensor, frozenset[str]], dict[str, PerSampleGradient]]
+
+ENTRY_POINT_GROUP = "fisherscope.rules"
+_BUILT_IN = ("fisherscope.instrument.rules.linear", "fisherscope.instrument.rules.conv1d")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one type of layer yields per-sample gradients.
+
+    Attributes:
+        handles: names of the layer's own parameters that the rule knows, such as ("weight", "bias").
+        gradients: ``(module, input, output_gradient, wanted) -> {name: PerSampleGradient}``, where input
+            and output gradient are ``[n, ..., features]`` in the compute dtype and ``wanted`` is a subset
+            of ``handles``.
+    """
+
+    handles: tuple[str, ...]
+    gradients: RuleFunction
+
+
+_rules: dict[type[nn.Module], Rule] = {}
+_loaded = False
+
+
+def register_rule(
+    *layer_types: type[nn.Module], handles: tuple[str, ...] = ("weight", "bias")
+) -> Callable[[RuleFunction], RuleFunction]:
+    """Decorator: the function yields the per-sample gradients of these layer types and their subclasses.
+
+    The rule of the most derived type wins; registering a type again replaces its rule.
+    """
+
+    def decorate(function: RuleFunction) -> RuleFunction:
+        for layer_type in layer_types:
+            _rules[layer_type] = Rule(handles, function)
+        return function
+
+    return decorate
+
+
+def find_rule(module: nn.Module) -> Rule | None:
+    """The rule for a layer, by its type and then its base types; None where there is none."""
+    _load()
+    for layer_type in type(module).__mro__:
+        if layer_type in _rules:
+            return _rules[layer_type]
+    return None
+
+
+def _load() -> None:
+    """Import the built-in rules, then those of other packages, at first use."""
+    global _loaded  # noqa: PLW0603 - a one-time latch
+    if _loaded:
+        return
+    _loaded = True
+    for module in _BUILT_IN:
+        import_module(module)
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        entry.load()

@@ -1,0 +1,384 @@
+"""The wrapped model: what can be collected from it, and collecting it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from torch import nn
+
+from fisherscope.adapters import resolve
+from fisherscope.errors import AdapterError, DataError, StoreFullError
+from fisherscope.instrument.batch import plan_batches
+from fisherscope.instrument.collection import Collection, TaskPlan
+from fisherscope.instrument.data import Sample, prepare_task, read_jsonl
+from fisherscope.instrument.estimate import Estimate, estimate_bytes
+from fisherscope.instrument.extensions import Extension
+from fisherscope.instrument.extensions.base import Context
+from fisherscope.instrument.fingerprint import config_digest, digest, tokenizer_digest, weights_digest
+from fisherscope.instrument.hooks import prepared
+from fisherscope.instrument.objectives import Objective, resolve_objective
+from fisherscope.instrument.options import CollectOptions, ComputeDtype, Durability
+from fisherscope.instrument.passes import BatchPass
+from fisherscope.instrument.progress import progress
+from fisherscope.instrument.signals import stop_on_signals
+from fisherscope.instrument.targets import ParameterChoice, select_targets
+from fisherscope.layout import GroupTable, ModelLayout, Partition
+from fisherscope.linalg import Dense
+from fisherscope.store import ContributionStore, StoreHeader, StoreWriter, open_store
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from fisherscope.adapters.registry import Probe
+    from fisherscope.instrument.batch import BatchSize
+
+Tasks = Mapping[str, Iterable[Any] | str | Path]
+
+_TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+def wrap(
+    model: nn.Module,
+    tokenizer: Any = None,
+    *,
+    parameters: ParameterChoice = "linear",
+    probe: Probe = "first",
+) -> Scope:
+    """Instrument a HuggingFace model. Nothing in the model changes.
+
+    Args:
+        model: a transformers model, for instance from ``AutoModelForCausalLM.from_pretrained``.
+        tokenizer: its tokenizer; needed for tasks of text only.
+        parameters: "attention" (Q, K, V, O), "linear" (all linear maps of the layers, with biases),
+            "all", or a list of shell-style patterns of parameter names.
+        probe: verify the layout of heads on the "first" attention layer of each kind, on "all", or not at
+            all (False).
+
+    Returns:
+        A :class:`Scope`.
+
+    Raises:
+        AdapterError: the architecture is unknown, or its layout is not what the adapter says.
+        CoverageError: ``parameters`` matches nothing that can be instrumented.
+    """
+    offloaded = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if offloaded:
+        raise AdapterError(
+            f"{len(offloaded)} parameters have no data ({offloaded[0]}, ...): the model is offloaded or was "
+            "never loaded; load it whole on its devices"
+        )
+    layout = resolve(model, probe=probe)
+    return Scope(model, tokenizer, layout, parameters)
+
+
+class Scope:
+    """A model with its layout and the choice of instrumented parameters.
+
+    Attributes:
+        model: the model, untouched.
+        tokenizer: its tokenizer or None.
+        layout: where each head lives.
+        parameters: names of the instrumented parameters.
+    """
+
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, layout: ModelLayout, parameters: ParameterChoice
+    ) -> None:
+        """Use :func:`wrap`."""
+        self.model = model
+        self.tokenizer = tokenizer
+        self.layout = layout
+        self._targets = select_targets(model, layout, parameters)
+        self.parameters = self._targets.parameters
+
+    def __repr__(self) -> str:
+        heads = {(a.n_heads, a.n_kv_heads) for a in self.layout.attention}
+        return (
+            f"Scope({type(self.model).__name__}, {len(self.layout.attention)} attention layers, "
+            f"heads (query, kv) {sorted(heads)}, {len(self.parameters)} parameters instrumented)"
+        )
+
+    def coverage(self) -> pd.DataFrame:
+        """What is instrumented and why the rest is not.
+
+        Returns:
+            One row per parameter: parameter, shape, size, kind, layer, module, selected, covered, reason.
+        """
+        return self._targets.coverage.copy()
+
+    def estimate(
+        self,
+        tasks: Tasks,
+        *,
+        extensions: Sequence[str | Extension] = ("fisher", "sample_gradients"),
+        **options: Any,
+    ) -> Estimate:
+        """Bytes on disk and in accumulators that a collection would take; nothing is run or written.
+
+        Args:
+            tasks: as for :meth:`collect`.
+            extensions: as for :meth:`collect`.
+            **options: other options of :meth:`collect` that change sizes (``max_samples``, ``max_length``).
+        """
+        chosen = CollectOptions(extensions=extensions, **options)
+        return self._estimate(self._prepare(tasks, chosen), chosen)
+
+    def collect(
+        self,
+        tasks: Tasks,
+        out: str | Path,
+        *,
+        extensions: Sequence[str | Extension] = ("fisher", "sample_gradients"),
+        objective: str | Objective = "auto",
+        max_length: int | None = None,
+        max_samples: int | None = None,
+        batch_size: BatchSize = "auto",
+        compute_dtype: ComputeDtype = "float32",
+        store_text: bool = True,
+        durability: Durability = "power",
+        deterministic: bool = False,
+        resume: bool = True,
+        seed: int = 0,
+        quiet: bool = False,
+    ) -> ContributionStore:
+        """Collect the tasks into a store, batch by batch, from one backward pass each.
+
+        The model is left as it was: modes, ``requires_grad``, ``.grad``, hooks and random state. A run that
+        was stopped or killed goes on where it was when the same call is made again.
+
+        Args:
+            tasks: name -> rows. A row is a string, a dict (``{"text"}``, ``{"prompt", "completion"}``,
+                ``{"messages"}``, ``{"input_ids", "labels"}``) or token ids; rows may come as a list, a
+                ``datasets.Dataset``, a DataLoader of batches, or the path of a JSONL file.
+            out: directory of the store, such as "run.fs".
+            extensions: quantities to collect, names or objects such as ``Fisher(shape="groups")``.
+                Group values per sample are always collected.
+            objective: "auto", "causal_lm", or a function ``loss(model, batch) -> [n]`` of summed losses.
+            max_length: longer rows are cut on the right, and counted.
+            max_samples: take the first so many rows of each task.
+            batch_size: samples per batch, or "auto": a fixed budget of padded positions.
+            compute_dtype: dtype in which layer inputs and output gradients are multiplied.
+            store_text: keep the samples' texts in the store, for reports.
+            durability: "power" survives power loss, "process" survives kill -9, "none" promises nothing.
+            deterministic: use deterministic algorithms only.
+            resume: False refuses to continue an existing store.
+            seed: of the random state that objectives see.
+            quiet: no progress.
+
+        Returns:
+            The store, opened for reading.
+
+        Raises:
+            DataError: a task or row cannot be used; nothing has been written.
+            NonFiniteError: a weight, loss or gradient is NaN or infinite.
+            CoupledSamplesError: samples influence each other within a batch.
+            StoreError: the directory holds something else, or the disk is too small.
+            Interrupted: stopped by Ctrl-C or SIGTERM; what was done is sealed.
+        """
+        options = CollectOptions(
+            extensions=extensions,
+            objective=objective,
+            max_length=max_length,
+            max_samples=max_samples,
+            batch_size=batch_size,
+            compute_dtype=compute_dtype,
+            store_text=store_text,
+            durability=durability,
+            deterministic=deterministic,
+            resume=resume,
+            seed=seed,
+            quiet=quiet,
+        )
+        path = Path(out)
+        samples = self._prepare(tasks, options)
+        plans = self._plan(samples, options)
+        objective_name, function = resolve_objective(options.objective)
+        header = self._header(options, objective_name)
+        estimate = self._estimate(samples, options)
+        if not path.exists():
+            _refuse_if_disk_is_small(estimate, path)
+        with ExitStack() as stack:
+            writer = stack.enter_context(
+                StoreWriter.open(path, header, durability=options.durability, resume=options.resume)
+            )
+            stop = stack.enter_context(stop_on_signals())
+            stack.enter_context(_random_state(options.seed, deterministic=options.deterministic))
+            stack.enter_context(prepared(self.model))
+            bar = stack.enter_context(progress(sum(map(len, samples.values())), quiet=options.quiet))
+            context = self._context(options, header)
+            writer.constants({"groups/theta_square": self._theta_square(context.groups)})
+            Collection(
+                batch_pass=BatchPass(self.model, self._targets, function, context, options.torch_dtype),
+                context=context,
+                extensions=options.resolved,
+                writer=writer,
+                pad_id=self._pad_id(),
+                pad_side=getattr(self.tokenizer, "padding_side", "right"),
+                store_text=options.store_text,
+                row_bytes=estimate.bytes_per_sample,
+                stop=stop,
+                progress=bar,
+                model_dtype=self._device_and_dtype()[1],
+            ).run(plans)
+        return open_store(path)
+
+    def _prepare(self, tasks: Tasks, options: CollectOptions) -> dict[str, list[Sample]]:
+        """Every sample of every task, checked before anything is written."""
+        if not isinstance(tasks, Mapping) or not tasks:
+            raise DataError('no tasks: pass a mapping from name to rows, such as {"math": rows}')
+        vocabulary = self.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        prepared_tasks = {}
+        for name, rows in tasks.items():
+            if not isinstance(name, str) or not _TASK_NAME.fullmatch(name):
+                raise DataError(
+                    f"{name!r} is not a task name: use letters, digits, '_', '.' and '-', at most 64 of them"
+                )
+            source = read_jsonl(rows) if isinstance(rows, str | Path) else rows
+            prepared_tasks[name] = prepare_task(
+                name,
+                source,
+                self.tokenizer,
+                max_length=options.max_length,
+                max_samples=options.max_samples,
+                vocab_size=vocabulary,
+            )
+            if len(prepared_tasks[name]) == 1:
+                warnings.warn(
+                    f"task {name!r} has a single sample: its variance, intervals and tests are undefined",
+                    stacklevel=4,
+                )
+        return prepared_tasks
+
+    def _plan(self, samples: Mapping[str, Sequence[Sample]], options: CollectOptions) -> list[TaskPlan]:
+        device, _ = self._device_and_dtype()
+        return [
+            TaskPlan(name, rows, plan_batches([s.length for s in rows], options.batch_size, device))
+            for name, rows in samples.items()
+        ]
+
+    def _context(self, options: CollectOptions, header: StoreHeader) -> Context:
+        by_name = dict(self.model.named_parameters())
+        fisher = options.fisher
+        return Context(
+            layout=self.layout,
+            parameters={name: by_name[name] for name in self.parameters},
+            groups=GroupTable.build(self.layout, header.parameters),
+            normalization="per_token" if fisher is None else fisher.normalization,
+            device=self._device_and_dtype()[0],
+        )
+
+    def _header(self, options: CollectOptions, objective_name: str) -> StoreHeader:
+        gradients = options.sample_gradients
+        stored = gradients.chosen(self.layout, self.parameters) if gradients else ()
+        fisher = options.fisher
+        config = self.model.config
+        fingerprint = {
+            "weights": weights_digest(self.model),
+            "config": config_digest(config),
+            "attention": str(getattr(config, "_attn_implementation", None)),
+            "tokenizer": tokenizer_digest(self.tokenizer),
+            "objective": objective_name,
+            "parameters": digest(self.parameters),
+            **options.identity(),
+        }
+        return StoreHeader(
+            fingerprint=fingerprint,
+            layout=self.layout,
+            parameters=self.parameters,
+            gradient_parameters=stored,
+            gradient_dtype=gradients.dtype if gradients else "bfloat16",
+            normalization="per_token" if fisher is None else fisher.normalization,
+            fisher_shape="groups" if fisher is None else fisher.shape,
+            options=options.identity() | {"objective": objective_name, "max_samples": options.max_samples},
+            provenance=self._provenance(),
+        )
+
+    def _provenance(self) -> dict[str, Any]:
+        import transformers
+        from fisherscope.versions import __version__
+
+        device, dtype = self._device_and_dtype()
+        return {
+            "fisherscope": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": ".".join(map(str, sys.version_info[:3])),
+            "model_class": type(self.model).__name__,
+            "model_name": str(getattr(self.model.config, "_name_or_path", "")),
+            "model_parameters": sum(p.numel() for p in self.model.parameters()),
+            "model_dtype": str(dtype).removeprefix("torch."),
+            "device": str(device),
+        }
+
+    def _estimate(self, samples: Mapping[str, Sequence[Sample]], options: CollectOptions) -> Estimate:
+        gradients = options.sample_gradients
+        fisher = options.fisher
+        return estimate_bytes(
+            self.layout,
+            self.parameters,
+            gradients.chosen(self.layout, self.parameters) if gradients else (),
+            gradient_dtype=gradients.dtype if gradients else "bfloat16",
+            full_fisher=fisher is not None and fisher.shape == "full",
+            samples=samples,
+            store_text=options.store_text,
+        )
+
+    def _theta_square(self, groups: GroupTable) -> torch.Tensor:
+        """``sum theta ** 2`` of each group, float64."""
+        out = torch.zeros(len(groups), dtype=torch.float64)
+        by_name = dict(self.model.named_parameters())
+        for name, members in groups.members.items():
+            partitions: list[Partition | None] = [member.partition for member in members]
+            norms = Dense(by_name[name].detach().unsqueeze(0)).norms(partitions)
+            for member, values in zip(members, norms, strict=True):
+                out[member.first : member.first + values.shape[1]] += values[0].double().cpu()
+        return out
+
+    def _pad_id(self) -> int:
+        """Any id serves: pads are masked and bear no loss. A tokenizer without pad token is no problem."""
+        for source in (self.tokenizer, self.model.config):
+            pad = getattr(source, "pad_token_id", None)
+            if isinstance(pad, int) and pad >= 0:
+                return pad
+        return 0
+
+    def _device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
+        weight = self.model.get_input_embeddings().weight  # type: ignore[operator]
+        return weight.device, weight.dtype
+
+
+def _refuse_if_disk_is_small(estimate: Estimate, path: Path) -> None:
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if estimate.disk_bytes > free:
+        raise StoreFullError(
+            f"{path} would take {estimate.disk_bytes:,} bytes and {free:,} are free. Cheaper: leave out "
+            '"sample_gradients" (group values stay), store fewer with SampleGradients(parameters=[...]), '
+            'use Fisher(shape="groups"), or max_samples'
+        )
+
+
+@contextmanager
+def _random_state(seed: int, *, deterministic: bool) -> Iterator[None]:
+    """A seeded random state, and the one before restored."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
+    before = torch.are_deterministic_algorithms_enabled()
+    with torch.random.fork_rng(devices=list(devices)):
+        torch.manual_seed(seed)
+        if deterministic:
+            torch.use_deterministic_algorithms(mode=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(mode=before)

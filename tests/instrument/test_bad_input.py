@@ -1,0 +1,233 @@
+"""Bad input: each a clear error that names the thing and the next step, and nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import namedtuple
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fisherscope as fs
+from fisherscope.errors import (
+    AdapterError,
+    CoupledSamplesError,
+    CoverageError,
+    DataError,
+    FisherscopeError,
+    NonFiniteError,
+    StoreFormatError,
+    StoreFullError,
+)
+from fisherscope.instrument.batch import Batch
+from fisherscope.instrument.objectives import causal_lm
+from tests import models
+
+SETTING = next(s for s in models.SETTINGS if s.name == "qwen2")
+
+
+@pytest.fixture
+def model() -> torch.nn.Module:
+    return models.build(SETTING)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Iterator[Path]:
+    """An output directory that must not exist after the test."""
+    path = tmp_path / "run.fs"
+    yield path
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        ({}, "no tasks"),
+        ({"a": []}, "'a'.*(empty|no rows|no samples)"),
+        ({"a": [{"input_ids": [3, 4, 5], "labels": [-100, -100, -100]}]}, "a_0|'a'"),
+        ({"a": [{"input_ids": [3, 4, models.VOCABULARY]}]}, "vocabulary"),
+        ({"a": [{"input_ids": [3, -4, 5]}]}, "vocabulary|negative"),
+        ({"a": [{"input_ids": [3, 4, 5], "labels": [3, 4]}]}, "label"),
+        ({"a": [{"question": "x"}]}, "question"),
+        ({"a": ["text without a tokenizer"]}, "tokenizer"),
+        ({"a b": [{"input_ids": [3, 4]}]}, "not a task name"),
+    ],
+)
+def test_data(model: torch.nn.Module, out: Path, tasks: dict[str, Any], message: str) -> None:
+    """Each malformed task is named before anything is written."""
+    with pytest.raises(DataError, match=message):
+        fs.wrap(model).collect(tasks, out, quiet=True)
+
+
+def test_a_bad_line_of_a_jsonl_file(model: torch.nn.Module, out: Path, tmp_path: Path) -> None:
+    """File and line number."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"input_ids": [3, 4, 5]}) + "\n{oops\n")
+    with pytest.raises(DataError, match=r"rows\.jsonl.*2"):
+        fs.wrap(model).collect({"a": file}, out, quiet=True)
+
+
+def test_non_finite_weights(model: torch.nn.Module, out: Path) -> None:
+    """The parameter is named."""
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 3] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+        fs.wrap(model).collect({"a": models.rows(3)}, out, quiet=True)
+
+
+def test_non_finite_loss_names_sample_and_layer(model: torch.nn.Module, tmp_path: Path) -> None:
+    """A token whose embedding overflows the model is traced to its sample and to the first bad module."""
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7] = 3e38
+        model.model.layers[0].input_layernorm.weight.fill_(3e38)
+    good = [{"input_ids": [3, 4, 5, 6]}]
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm.weight.fill_(1.0)
+    rows = [*good, {"input_ids": [3, 7, 5, 6]}]
+    with pytest.raises(NonFiniteError, match=r"a_1.*model\.layers\.0"):
+        fs.wrap(model).collect({"a": rows}, tmp_path / "run.fs", quiet=True)
+
+
+def test_a_single_sample_warns(model: torch.nn.Module, tmp_path: Path) -> None:
+    """Variance is undefined for one sample: a warning, not an error."""
+    with pytest.warns(UserWarning, match="'a' has a single sample.*variance"):
+        store = fs.wrap(model).collect({"a": models.rows(1)}, tmp_path / "run.fs", quiet=True)
+    assert store.n("a") == 1
+
+
+def test_a_store_of_another_format_version(model: torch.nn.Module, tmp_path: Path) -> None:
+    """Refused for reading and for writing."""
+    path = tmp_path / "run.fs"
+    fs.wrap(model).collect({"a": models.rows(3)}, path, quiet=True)
+    header = json.loads((path / "store.json").read_text())
+    header["format_version"] = 99
+    (path / "store.json").write_text(json.dumps(header))
+    with pytest.raises(StoreFormatError, match="99"):
+        fs.open_store(path)
+    with pytest.raises(StoreFormatError, match="99"):
+        fs.wrap(model).collect({"a": models.rows(3)}, path, quiet=True)
+
+
+def test_a_disk_that_is_too_small(model: torch.nn.Module, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The estimate is compared with what is free before anything is written."""
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10, 9, 1))
+    with pytest.raises(StoreFullError, match=r"1 are free.*groups"):
+        fs.wrap(model).collect({"a": models.rows(3)}, out, quiet=True)
+
+
+def test_patterns_that_match_nothing(model: torch.nn.Module) -> None:
+    """The error says where the names are listed."""
+    with pytest.raises(CoverageError, match="coverage"):
+        fs.wrap(model, parameters=["nothing.*"])
+    with pytest.raises(CoverageError, match="no rule for Embedding"):
+        fs.wrap(model, parameters=["*embed_tokens*"])
+    with pytest.raises(ValueError, match="'linaer'"):
+        fs.wrap(model, parameters="linaer")
+
+
+def test_a_parameter_without_a_rule_is_listed_with_a_warning(model: torch.nn.Module) -> None:
+    """Never dropped silently."""
+    with pytest.warns(UserWarning, match="not instrumented"):
+        scope = fs.wrap(model, parameters="all")
+    coverage = scope.coverage().set_index("parameter")
+    assert coverage.loc["model.embed_tokens.weight", "reason"] == "no rule for Embedding"
+    assert coverage.loc["model.layers.0.self_attn.q_proj.weight", "covered"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch_size": 0},
+        {"batch_size": "many"},
+        {"max_length": 0},
+        {"max_samples": -1},
+        {"compute_dtype": "float16"},
+        {"durability": "eternal"},
+        {"extensions": ("fisher", "fisher")},
+        {"extensions": ("hessian",)},
+        {"objective": "ranking"},
+    ],
+    ids=str,
+)
+def test_options_are_validated(model: torch.nn.Module, out: Path, options: dict[str, Any]) -> None:
+    """Before anything is written."""
+    with pytest.raises(ValueError, match=r"\w"):
+        fs.wrap(model).collect({"a": models.rows(3)}, out, quiet=True, **options)
+
+
+def test_extension_options_are_validated() -> None:
+    """Each with the values that are possible."""
+    with pytest.raises(ValueError, match="'full' or 'groups'"):
+        fs.Fisher(shape="half")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="per_token"):
+        fs.Fisher(normalization="tokens")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="bfloat16"):
+        fs.SampleGradients(dtype="float16")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="attention"):
+        fs.SampleGradients(parameters="heads")
+
+
+def test_an_objective_that_averages_over_the_batch(model: torch.nn.Module, tmp_path: Path) -> None:
+    """One loss per sample is asked for."""
+
+    def mean_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        return causal_lm(model, batch).mean()
+
+    with pytest.raises(FisherscopeError, match="one loss per sample"):
+        fs.wrap(model).collect({"a": models.rows(3)}, tmp_path / "run.fs", objective=mean_loss, quiet=True)
+
+
+def test_samples_that_influence_each_other(model: torch.nn.Module, tmp_path: Path) -> None:
+    """A loss that couples the samples of a batch is found and refused."""
+
+    def coupled(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        losses = causal_lm(model, batch)
+        return losses * losses.mean()
+
+    with pytest.raises(CoupledSamplesError, match="a_"):
+        fs.wrap(model).collect({"a": models.rows(6)}, tmp_path / "run.fs", objective=coupled, quiet=True)
+
+
+def test_an_offloaded_model_is_refused(model: torch.nn.Module) -> None:
+    """Parameters without data have no gradients."""
+    with pytest.raises(AdapterError, match="offloaded"):
+        fs.wrap(model.to("meta"))
+
+
+def test_the_model_is_left_as_it_was(model: torch.nn.Module, tmp_path: Path) -> None:
+    """Modes, requires_grad, .grad, other people's hooks and the random state, also after an exception."""
+    model.train()
+    model.model.layers[0].mlp.eval()
+    model.model.norm.weight.requires_grad_(False)
+    model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
+    calls: list[int] = []
+    handle = model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: calls.append(1))
+    modes = [module.training for module in model.modules()]
+    flags = [p.requires_grad for p in model.parameters()]
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    random_state = torch.get_rng_state()
+
+    def explode(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        causal_lm(model, batch)
+        torch.randn(3)
+        raise RuntimeError("the user's own")
+
+    scope = fs.wrap(model)
+    with pytest.raises(RuntimeError, match="the user's own"):
+        scope.collect({"a": models.rows(3)}, tmp_path / "fails.fs", objective=explode, quiet=True)
+    scope.collect({"a": models.rows(3)}, tmp_path / "run.fs", quiet=True)
+    assert [module.training for module in model.modules()] == modes
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert torch.equal(model.lm_head.weight.grad, torch.ones_like(model.lm_head.weight))
+    assert all(p.grad is None for n, p in model.named_parameters() if n != "lm_head.weight")
+    assert all(torch.equal(weights[k], v) for k, v in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert len(model.model.layers[0].self_attn.q_proj._forward_hooks) == 1
+    assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == 1
+    assert calls
+    handle.remove()

@@ -1,0 +1,287 @@
+"""Everything that a collection stores, against the literal loop over samples, on real models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fisherscope as fs
+from tests import models
+
+TOLERANCE = 1e-5
+EXACT = (fs.Fisher(), fs.SampleGradients(parameters="all", dtype="float32"))
+
+
+class PaddedBatches:
+    """What a DataLoader yields: dicts of padded two-dimensional tensors."""
+
+    def __init__(self, data: list[dict[str, list[int]]], side: str, size: int = 3) -> None:
+        self._data, self._side, self._size = data, side, size
+
+    def __iter__(self) -> Any:
+        for start in range(0, len(self._data), self._size):
+            chosen = self._data[start : start + self._size]
+            width = max(len(row["input_ids"]) for row in chosen)
+            batch = {
+                "input_ids": torch.zeros(len(chosen), width, dtype=torch.long),
+                "labels": torch.full((len(chosen), width), -100),
+                "attention_mask": torch.zeros(len(chosen), width, dtype=torch.long),
+            }
+            for i, row in enumerate(chosen):
+                n = len(row["input_ids"])
+                span = slice(0, n) if self._side == "right" else slice(width - n, width)
+                batch["input_ids"][i, span] = torch.tensor(row["input_ids"])
+                batch["labels"][i, span] = torch.tensor(row["labels"])
+                batch["attention_mask"][i, span] = 1
+            yield batch
+
+
+class PadsOnTheLeft:
+    """The least that a collection needs to know of a tokenizer: where it pads, and no pad token."""
+
+    padding_side = "left"
+    pad_token_id = None
+    chat_template = None
+
+    @property
+    def special_tokens_map(self) -> dict[str, str]:
+        return {}
+
+    def get_vocab(self) -> dict[str, int]:
+        return {}
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        return " ".join(map(str, ids))
+
+
+@pytest.fixture(params=models.SETTINGS, ids=lambda s: s.name)
+def model(request: pytest.FixtureRequest) -> torch.nn.Module:
+    return models.build(request.param)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_gradients_and_fisher_equal_the_loop(model: torch.nn.Module, side: str, tmp_path: Path) -> None:
+    """Per-sample gradients, F and mean h of every instrumented parameter, padded on either side."""
+    data = models.rows(7)
+    scope = fs.wrap(model, PadsOnTheLeft() if side == "left" else None)
+    store = scope.collect({"a": data}, tmp_path / "run.fs", extensions=EXACT, batch_size=4, quiet=True)
+    expected = models.loop(model, data)
+    counts = torch.tensor([models.tokens(row) for row in data])
+    assert list(store.samples("a")["tokens"]) == counts.tolist()
+    for name in scope.parameters:
+        g = torch.stack([sample[name] for sample in expected])
+        h = g * counts.rsqrt().view(-1, *(1,) * (g.dim() - 1))
+        assert models.relative_error(store.gradients("a", name), g) <= TOLERANCE, name
+        assert models.relative_error(store.fisher("a", name), h.square().mean(0)) <= TOLERANCE, name
+        assert models.relative_error(store.mean("a", name), h.mean(0)) <= TOLERANCE, name
+
+
+def test_head_slices_equal_slices_by_hand(model: torch.nn.Module, tmp_path: Path) -> None:
+    """Every head's Q, K, V and O slice, weight and bias, against the loop's gradients cut by hand."""
+    data = models.rows(5)
+    scope = fs.wrap(model)
+    store = scope.collect({"a": data}, tmp_path / "run.fs", extensions=EXACT, batch_size=5, quiet=True)
+    expected = models.loop(model, data)
+    for layer in range(2):
+        for block, heads in _heads_by_hand(model, layer).items():
+            for head, cuts in enumerate(heads):
+                for part, (name, axis, start, stop) in cuts.items():
+                    g = torch.stack([sample[name] for sample in expected])
+                    by_hand = g.narrow(axis + 1, start, stop - start).flatten(1)
+                    found = store.slice("a", layer=layer, block=block, head=head, part=part)
+                    assert models.relative_error(found, by_hand) <= TOLERANCE, (layer, block, head, part)
+
+
+def _heads_by_hand(
+    model: torch.nn.Module, layer: int
+) -> dict[str, list[dict[str, tuple[str, int, int, int]]]]:
+    """Block -> head -> part -> (parameter, axis, start, stop), written down without any adapter."""
+    config = model.config
+    names = dict(model.named_parameters())
+    if config.model_type == "gpt2":
+        d, h = config.n_embd // config.n_head, config.n_head
+        fused, out = f"transformer.h.{layer}.attn.c_attn", f"transformer.h.{layer}.attn.c_proj"
+        blocks = {}
+        for i, block in enumerate("QKV"):
+            starts = [i * h * d + k * d for k in range(h)]
+            blocks[block] = [
+                {"weight": (f"{fused}.weight", 1, s, s + d), "bias": (f"{fused}.bias", 0, s, s + d)}
+                for s in starts
+            ]
+        blocks["O"] = [{"weight": (f"{out}.weight", 0, k * d, k * d + d)} for k in range(h)]
+        return blocks
+    prefix = f"model.layers.{layer}.self_attn"
+    d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    blocks = {}
+    for block, module, h in (
+        ("Q", "q_proj", config.num_attention_heads),
+        ("K", "k_proj", config.num_key_value_heads),
+        ("V", "v_proj", config.num_key_value_heads),
+    ):
+        heads = []
+        for k in range(h):
+            cuts = {"weight": (f"{prefix}.{module}.weight", 0, k * d, k * d + d)}
+            if f"{prefix}.{module}.bias" in names:
+                cuts["bias"] = (f"{prefix}.{module}.bias", 0, k * d, k * d + d)
+            heads.append(cuts)
+        blocks[block] = heads
+    blocks["O"] = [
+        {"weight": (f"{prefix}.o_proj.weight", 1, k * d, k * d + d)}
+        for k in range(config.num_attention_heads)
+    ]
+    return blocks
+
+
+def test_group_values_equal_sums_over_gradients(model: torch.nn.Module, tmp_path: Path) -> None:
+    """sum g^2 and <g, theta> per sample and group, for heads, channels and whole parameters."""
+    data = models.rows(5)
+    scope = fs.wrap(model)
+    store = scope.collect({"a": data}, tmp_path / "run.fs", extensions=("fisher",), batch_size=3, quiet=True)
+    expected = models.loop(model, data)
+    values = store.group_values("a")
+    theta = {name: p.detach() for name, p in model.named_parameters()}
+    groups = store.groups("a")
+    for column, group in groups[groups["kind"] != "channel"].iterrows():
+        name = group["parameter"]
+        g = torch.stack([sample[name] for sample in expected])
+        weights = theta[name]
+        if group["kind"] == "head":
+            piece = scope.layout.slice(group["layer"], group["block"], group["index"], part=group["part"])
+            g, weights = piece.take(g), piece.take(weights)
+        square = g.flatten(1).square().sum(1)
+        dot = (g * weights).flatten(1).sum(1)
+        assert models.relative_error(torch.tensor(values["square"].values[:, column]), square) <= TOLERANCE
+        # relative to |g| |theta|: the product itself vanishes where a norm makes the weight's scale idle
+        scale = square.sqrt() * weights.norm()
+        error = (torch.tensor(values["dot"].values[:, column]) - dot).abs() / scale
+        assert float(error.max()) <= TOLERANCE
+    mlp = scope.layout.mlps[1]
+    channels = groups[(groups["kind"] == "channel") & (groups["layer"] == 1) & (groups["part"] == "weight")]
+    for column, group in channels.iterrows():
+        pieces = [
+            p[group["index"]].take(torch.stack([s[p.parameter] for s in expected])) for p in mlp.weights
+        ]
+        square = sum(piece.flatten(1).square().sum(1) for piece in pieces)
+        assert models.relative_error(torch.tensor(values["square"].values[:, column]), square) <= TOLERANCE
+
+
+def test_losses_are_sums_of_token_losses(model: torch.nn.Module, tmp_path: Path) -> None:
+    """L_i is the sum of the sample's token losses, in nats."""
+    data = models.rows(4)
+    store = fs.wrap(model).collect({"a": data}, tmp_path / "run.fs", extensions=("fisher",), quiet=True)
+    for row, loss in zip(data, store.samples("a")["loss"], strict=True):
+        ids = torch.tensor([row["input_ids"]])
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, :-1]
+        expected = torch.nn.functional.cross_entropy(
+            logits, torch.tensor(row["labels"])[1:], ignore_index=-100, reduction="sum"
+        )
+        assert loss == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_batches_of_a_dataloader(side: str, tmp_path: Path) -> None:
+    """Tensors padded on either side give what the unpadded rows give."""
+    model = models.build(models.SETTINGS[3])
+    data = models.rows(7)
+    scope = fs.wrap(model)
+    plain = scope.collect({"a": data}, tmp_path / "plain.fs", extensions=EXACT, quiet=True)
+    padded = scope.collect(
+        {"a": PaddedBatches(data, side)}, tmp_path / "padded.fs", extensions=EXACT, quiet=True
+    )
+    assert list(plain.samples("a")["key"]) == list(padded.samples("a")["key"])
+    for name in scope.parameters:
+        assert torch.equal(plain.gradients("a", name), padded.gradients("a", name))
+
+
+def test_fisher_is_the_mean_square_and_not_the_squared_mean(tmp_path: Path) -> None:
+    """F - (E h)^2 is exactly the population variance of h, and it is not zero."""
+    model = models.build(models.SETTINGS[3])
+    scope = fs.wrap(model, parameters="attention")
+    store = scope.collect({"a": models.rows(9)}, tmp_path / "run.fs", extensions=EXACT, quiet=True)
+    counts = torch.tensor(store.samples("a")["tokens"].to_numpy())
+    for name in scope.parameters:
+        g = store.gradients("a", name).double()
+        h = g * counts.double().rsqrt().view(-1, *(1,) * (g.dim() - 1))
+        fisher, signal = store.fisher("a", name).double(), store.mean("a", name).double().square()
+        noise = h.var(0, correction=0)
+        assert models.relative_error(fisher - signal, noise) <= 1e-5
+        assert float(noise.sum()) > 0.05 * float(fisher.sum())
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 9])
+def test_results_do_not_depend_on_the_batch(batch_size: int, tmp_path: Path) -> None:
+    """Another batch size changes nothing beyond rounding."""
+    model = models.build(models.SETTINGS[0])
+    data = models.rows(9)
+    scope = fs.wrap(model)
+    one = scope.collect({"a": data}, tmp_path / "auto.fs", extensions=EXACT, quiet=True)
+    other = scope.collect(
+        {"a": data}, tmp_path / "other.fs", extensions=EXACT, batch_size=batch_size, quiet=True
+    )
+    for name in scope.parameters:
+        assert models.relative_error(other.gradients("a", name), one.gradients("a", name)) <= TOLERANCE
+        assert models.relative_error(other.fisher("a", name), one.fisher("a", name)) <= TOLERANCE
+
+
+def test_results_do_not_depend_on_the_order(tmp_path: Path) -> None:
+    """Rows in reverse order give the same gradients in reverse order, and the same F."""
+    model = models.build(models.SETTINGS[-1])
+    data = models.rows(8)
+    scope = fs.wrap(model)
+    forth = scope.collect({"a": data}, tmp_path / "forth.fs", extensions=EXACT, batch_size=3, quiet=True)
+    back = scope.collect({"a": data[::-1]}, tmp_path / "back.fs", extensions=EXACT, batch_size=3, quiet=True)
+    for name in scope.parameters:
+        assert (
+            models.relative_error(back.gradients("a", name).flip(0), forth.gradients("a", name)) <= TOLERANCE
+        )
+        assert models.relative_error(back.fisher("a", name), forth.fisher("a", name)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("normalization", ["none", "mean"])
+def test_normalizations(normalization: str, tmp_path: Path) -> None:
+    """h is g, or g / T."""
+    model = models.build(models.SETTINGS[3])
+    data = models.rows(6)
+    scope = fs.wrap(model, parameters="attention")
+    extensions = (fs.Fisher(normalization=normalization), fs.SampleGradients(dtype="float32"))
+    store = scope.collect({"a": data}, tmp_path / "run.fs", extensions=extensions, quiet=True)
+    counts = torch.tensor([models.tokens(row) for row in data]).float()
+    for name in scope.parameters:
+        g = store.gradients("a", name)
+        h = g if normalization == "none" else g / counts.view(-1, *(1,) * (g.dim() - 1))
+        assert models.relative_error(store.fisher("a", name), h.square().mean(0)) <= TOLERANCE
+
+
+def test_a_module_called_twice_adds_its_uses_before_squaring(tmp_path: Path) -> None:
+    """The gradient of a parameter that is used twice is the sum over both uses."""
+    model = models.build(models.SETTINGS[0])
+    down = model.model.layers[0].mlp.down_proj
+    scope = fs.wrap(model, parameters=["model.layers.0.mlp.down_proj.weight"])
+    # calling the same module object twice: its forward calls itself on half of the input
+    calls = {"inner": False}
+
+    class Reentrant(type(down)):  # type: ignore[misc]
+        def __call__(self, x: torch.Tensor) -> torch.Tensor:
+            if calls["inner"]:
+                return super().__call__(x)
+            calls["inner"] = True
+            try:
+                return super().__call__(x) + super().__call__(0.5 * x).tanh()
+            finally:
+                calls["inner"] = False
+
+    down.__class__ = Reentrant
+    data = models.rows(5)
+    store = scope.collect(
+        {"a": data},
+        tmp_path / "run.fs",
+        extensions=(fs.Fisher(), fs.SampleGradients(parameters="all", dtype="float32")),
+        quiet=True,
+    )
+    name = "model.layers.0.mlp.down_proj.weight"
+    g = torch.stack([sample[name] for sample in models.loop(model, data)])
+    assert models.relative_error(store.gradients("a", name), g) <= TOLERANCE

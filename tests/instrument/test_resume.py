@@ -1,0 +1,183 @@
+"""A collection that is killed or interrupted, and run again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import fisherscope as fs
+from fisherscope.errors import FingerprintError, Interrupted, StoreExistsError
+from tests import models
+
+SETTING = next(s for s in models.SETTINGS if s.name == "qwen2")
+
+CHILD = """
+import json, sys, time
+from pathlib import Path
+import fisherscope as fs
+from fisherscope.instrument import collection
+from tests import models
+out, slow = sys.argv[1], float(sys.argv[2])
+setting = next(s for s in models.SETTINGS if s.name == "qwen2")
+collection._SEGMENT_BATCHES = 2
+advance = collection.Collection._run_batch
+def delayed(self, *args):
+    time.sleep(slow)
+    return advance(self, *args)
+collection.Collection._run_batch = delayed
+scope = fs.wrap(models.build(setting))
+scope.collect({"a": models.rows(24), "b": models.rows(9, seed=5)}, out, batch_size=2, quiet=True)
+"""
+
+
+def _collect(out: Path) -> fs.ContributionStore:
+    scope = fs.wrap(models.build(SETTING))
+    return scope.collect({"a": models.rows(24), "b": models.rows(9, seed=5)}, out, batch_size=2, quiet=True)
+
+
+def _child(out: Path, slow: float) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(out), str(slow)], env=environment, stderr=subprocess.PIPE
+    )
+
+
+def _wait_for_journal(out: Path, lines: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        journals = list(out.glob("journal/*.journal"))
+        if journals and journals[0].read_bytes().count(b'"samples"') >= lines:
+            return
+        time.sleep(0.02)
+    raise AssertionError("the child wrote nothing in two minutes")
+
+
+def assert_identical(one: fs.ContributionStore, other: fs.ContributionStore) -> None:
+    """Bit for bit: samples, gradients, group values, F and mean h."""
+    assert one.tasks == other.tasks
+    assert one.parameters == other.parameters
+    for task in one.tasks:
+        assert one.is_complete(task)
+        assert other.is_complete(task)
+        assert one.samples(task).equals(other.samples(task))
+        assert one.group_values(task).identical(other.group_values(task))
+        assert one.fisher_count(task) == other.fisher_count(task)
+        for name in ("moments/mean", "moments/m2"):
+            assert torch.equal(one.aggregate(task, name), other.aggregate(task, name))
+        for name in one.gradient_parameters:
+            assert torch.equal(one.gradients(task, name), other.gradients(task, name))
+        for name in one.parameters:
+            assert torch.equal(one.fisher(task, name), other.fisher(task, name))
+            assert torch.equal(one.mean(task, name), other.mean(task, name))
+
+
+def test_killed_and_run_again_is_bit_identical(tmp_path: Path) -> None:
+    """SIGKILL half-way, twice; the same call then ends with the store of an uninterrupted run."""
+    out = tmp_path / "killed.fs"
+    for lines in (2, 5):
+        child = _child(out, 0.05)
+        _wait_for_journal(out, lines)
+        child.kill()
+        child.communicate()
+        assert child.returncode == -signal.SIGKILL
+    assert not fs.open_store(out).is_complete("b")
+    child = _child(out, 0)
+    assert child.wait(120) == 0
+    child.communicate()
+    whole = tmp_path / "whole.fs"
+    child = _child(whole, 0)
+    assert child.wait(120) == 0
+    child.communicate()
+    assert_identical(fs.open_store(out), fs.open_store(whole))
+
+
+def test_interrupt_seals_and_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C stops after the current batch, keeps what is done, restores the handlers, and resumes."""
+    from fisherscope.instrument import collection
+
+    seen = []
+    run_batch = collection.Collection._run_batch
+
+    def interrupt_at_the_third(self: collection.Collection, *args: object) -> None:
+        run_batch(self, *args)  # type: ignore[arg-type]
+        seen.append(1)
+        if len(seen) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(collection.Collection, "_run_batch", interrupt_at_the_third)
+    before = signal.getsignal(signal.SIGINT)
+    out = tmp_path / "run.fs"
+    with pytest.raises(Interrupted, match="3 of 12 batches of task 'a'") as caught:
+        _collect(out)
+    assert caught.value.signal == signal.SIGINT
+    assert signal.getsignal(signal.SIGINT) is before
+    assert fs.open_store(out).committed("a") == 6
+    monkeypatch.undo()
+    assert_identical(_collect(out), _collect(tmp_path / "whole.fs"))
+
+
+def test_a_complete_store_is_reused_without_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same call on a finished store runs no batch and changes no byte."""
+    from fisherscope.instrument import collection
+
+    out = tmp_path / "run.fs"
+    _collect(out)
+    files = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+
+    def never(*_: object) -> None:
+        raise AssertionError("a batch was run again")
+
+    monkeypatch.setattr(collection.Collection, "_run_batch", never)
+    _collect(out)
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == files
+
+
+def test_another_run_in_the_same_directory_is_refused(tmp_path: Path) -> None:
+    """Other weights, other options and other samples are each named; nothing changes on the disk."""
+    out = tmp_path / "run.fs"
+    data = models.rows(4)
+    fs.wrap(models.build(SETTING)).collect({"a": data}, out, quiet=True)
+    files = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    with pytest.raises(FingerprintError, match="weights"):
+        fs.wrap(models.build(SETTING, seed=3)).collect({"a": data}, out, quiet=True)
+    with pytest.raises(FingerprintError, match="batch_size"):
+        fs.wrap(models.build(SETTING)).collect({"a": data}, out, batch_size=2, quiet=True)
+    with pytest.raises(FingerprintError, match="'a'"):
+        fs.wrap(models.build(SETTING)).collect({"a": models.rows(5, seed=9)}, out, quiet=True)
+    with pytest.raises(StoreExistsError, match="resume"):
+        fs.wrap(models.build(SETTING)).collect({"a": data}, out, resume=False, quiet=True)
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == files
+
+
+def test_a_task_is_added_to_a_store(tmp_path: Path) -> None:
+    """A second task may come later; the first is not collected again."""
+    out = tmp_path / "run.fs"
+    a, b = models.rows(4), models.rows(5, seed=5)
+    fs.wrap(models.build(SETTING)).collect({"a": a}, out, quiet=True)
+    store = fs.wrap(models.build(SETTING)).collect({"a": a, "b": b}, out, quiet=True)
+    assert store.tasks == ["a", "b"]
+    assert [store.n(task) for task in store.tasks] == [4, 5]
+
+
+def test_a_directory_with_something_else_is_left_alone(tmp_path: Path) -> None:
+    """A directory that is no store is refused and not written to."""
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(StoreExistsError, match="notes|not a"):
+        fs.wrap(models.build(SETTING)).collect({"a": models.rows(3)}, tmp_path, quiet=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_header_is_json(tmp_path: Path) -> None:
+    """store.json is plain JSON that names the format and its version."""
+    store = fs.wrap(models.build(SETTING)).collect({"a": models.rows(3)}, tmp_path / "run.fs", quiet=True)
+    header = json.loads((store.path / "store.json").read_text())
+    assert header["format"] == "fisherscope-store"
+    assert header["format_version"] == 1

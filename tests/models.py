@@ -1,0 +1,108 @@
+"""Tiny random models of every supported family, and the literal loop that everything is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+VOCABULARY = 61
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One model: its id in test names and how to build its config."""
+
+    name: str
+    config: Callable[[], transformers.PretrainedConfig]
+
+
+def _config(name: str, **changes: object) -> Callable[[], transformers.PretrainedConfig]:
+    common = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 40,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    return lambda: getattr(transformers, name)(**(common | changes))
+
+
+SETTINGS = [
+    Setting("llama", _config("LlamaConfig")),
+    Setting("llama-biases", _config("LlamaConfig", attention_bias=True, mlp_bias=True)),
+    Setting("mistral-head-dim", _config("MistralConfig", head_dim=12)),
+    Setting("qwen2", _config("Qwen2Config")),
+    Setting("qwen2-tied-mqa", _config("Qwen2Config", num_key_value_heads=1, tie_word_embeddings=True)),
+    Setting("qwen3-head-dim", _config("Qwen3Config", head_dim=16)),
+    Setting(
+        "gpt2",
+        lambda: transformers.GPT2Config(
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            vocab_size=VOCABULARY,
+            n_positions=64,
+            bos_token_id=1,
+            eos_token_id=2,
+        ),
+    ),
+]
+
+
+def build(setting: Setting, *, seed: int = 0) -> nn.Module:
+    """A random model whose biases and norms are random, too, so that nothing is accidentally zero."""
+    torch.manual_seed(seed)
+    config = setting.config()
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def rows(n: int, *, seed: int = 0, longest: int = 11) -> list[dict[str, list[int]]]:
+    """Rows of unequal length with a prompt that bears no loss."""
+    generator = torch.Generator().manual_seed(seed)
+    out = []
+    for i in range(n):
+        length = int(torch.randint(4, longest + 1, (1,), generator=generator)) if i else longest
+        ids = torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
+        prompt = int(torch.randint(0, length - 2, (1,), generator=generator))
+        out.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
+    return out
+
+
+def loop(model: nn.Module, data: list[dict[str, list[int]]]) -> list[dict[str, Tensor]]:
+    """The oracle: one unpadded sample at a time, one backward each, gradients of the summed loss."""
+    out = []
+    for row in data:
+        model.zero_grad()
+        ids = torch.tensor([row["input_ids"]])
+        logits = model(input_ids=ids).logits[0, :-1]
+        labels = torch.tensor(row["labels"])[1:]
+        F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").backward()
+        out.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        model.zero_grad(set_to_none=True)
+    return out
+
+
+def tokens(row: dict[str, list[int]]) -> int:
+    """T: labels that bear loss after the causal shift."""
+    return sum(label != -100 for label in row["labels"][1:])
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Largest difference relative to the largest expected entry."""
+    scale = expected.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    return float((found - expected).abs().max() / scale)
