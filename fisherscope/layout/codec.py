@@ -52,13 +52,13 @@ def decode(data: dict[str, Any]) -> ModelLayout:
     """Inverse of :func:`encode`.
 
     Raises:
-        ValueError: a field is missing or has the wrong form.
+        ValueError: a field is missing, has the wrong form, or contradicts another.
     """
     try:
-        return ModelLayout(
+        layout = ModelLayout(
             model_type=str(data["model_type"]),
             parameters=tuple(
-                ParameterInfo(p["name"], tuple(p["shape"]), p["kind"], p["layer"], p["stack"])
+                ParameterInfo(p["name"], _decode_shape(p["shape"]), p["kind"], p["layer"], p["stack"])
                 for p in data["parameters"]
             ),
             attention=tuple(_decode_attention(a) for a in data["attention"]),
@@ -75,6 +75,23 @@ def decode(data: dict[str, Any]) -> ModelLayout:
         )
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError(f"not a model layout: {error!r}") from error
+    _check_partitions(layout)
+    return layout
+
+
+def _check_partitions(layout: ModelLayout) -> None:
+    """Every partition cuts a parameter of the model, and knows its shape."""
+    shapes = {info.name: info.shape for info in layout.parameters}
+    if len(shapes) != len(layout.parameters):
+        raise ValueError("not a model layout: two parameters have one name")
+    heads = (p for _, block in layout.head_blocks() for p in (block.weight, block.bias) if p is not None)
+    channels = (p for mlp in layout.mlps for p in (*mlp.weights, *mlp.biases))
+    for partition in (*heads, *channels):
+        if shapes.get(partition.parameter) != partition.shape:
+            raise ValueError(
+                f"not a model layout: a partition of {partition.parameter!r} expects the shape "
+                f"{partition.shape}, the model has {shapes.get(partition.parameter)}"
+            )
 
 
 def _decode_attention(data: dict[str, Any]) -> AttentionLayout:
@@ -100,7 +117,7 @@ def _encode_partition(partition: Partition) -> dict[str, Any]:
     starts: Any = list(partition.starts)
     if len(starts) > 2:
         stride = starts[1] - starts[0]
-        if starts == list(range(starts[0], starts[0] + stride * len(starts), stride or 1)):
+        if stride > 0 and starts == list(range(starts[0], starts[0] + stride * len(starts), stride)):
             starts = {"first": starts[0], "stride": stride, "count": len(starts)}
     return {
         "parameter": partition.parameter,
@@ -119,4 +136,11 @@ def _decode_partition(data: dict[str, Any]) -> Partition:
         if not 0 < count <= longest or stride < 1:
             raise ValueError(f"not a partition: {count} pieces of {data['parameter']!r}, stride {stride}")
         starts = range(first, first + stride * count, stride)
-    return Partition(data["parameter"], tuple(data["shape"]), data["axis"], tuple(starts), data["width"])
+    shape = _decode_shape(data["shape"])
+    return Partition(data["parameter"], shape, data["axis"], tuple(starts), data["width"])
+
+
+def _decode_shape(data: list[int]) -> tuple[int, ...]:
+    if not all(isinstance(n, int) and n >= 0 for n in data):
+        raise ValueError(f"not a shape: {data!r}")
+    return tuple(data)

@@ -60,7 +60,7 @@ class AttentionLayout:
     stack: str = "decoder"
 
     def __post_init__(self) -> None:
-        if self.n_heads % self.n_kv_heads:
+        if self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads:
             raise ValueError(
                 f"{self.module}: {self.n_heads} query heads cannot share {self.n_kv_heads} kv heads evenly"
             )

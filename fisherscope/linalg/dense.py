@@ -57,7 +57,7 @@ class Dense(PerSampleGradient):
             chosen = slice(start, min(start + samples, self.n))
             for top in range(0, self.shape[0], rows):
                 span = slice(top, min(top + rows, self.shape[0]))
-                yield chosen, span, self.values[chosen, span].float()
+                yield chosen, span, self.values[chosen, span].to(torch.float32, copy=True)
 
     @override
     def dots(self, theta: Tensor, partitions: Sequence[Partition | None]) -> list[Tensor]:

@@ -11,13 +11,19 @@ from torch import Tensor
 
 from fisherscope.layout import ParameterSlice, Partition
 
-_TILE_BYTES = {"cpu": 1 << 20}
+_TILE_BYTES = {"cpu": 1 << 19}
 _DEFAULT_TILE_BYTES = 256 << 20
 
 
 def tile_bytes(device: torch.device) -> int:
     """Bytes of one tile: a core's cache on a CPU, a good launch size on an accelerator."""
     return _TILE_BYTES.get(device.type, _DEFAULT_TILE_BYTES)
+
+
+def axes_of(partitions: Sequence[Partition | None]) -> list[int]:
+    """The axis along which each partition is reduced; the whole goes with one that is needed anyway."""
+    cut = [p.axis for p in partitions if p is not None]
+    return [(cut[0] if cut else 0) if p is None else p.axis for p in partitions]
 
 
 class PerSampleGradient(ABC):
@@ -55,7 +61,7 @@ class PerSampleGradient(ABC):
     def tiles(self) -> Iterator[tuple[slice, slice, Tensor]]:
         """The gradients in pieces that fit a cache: ``(samples, rows, [samples, rows, *shape[1:]])``.
 
-        Each tile may be overwritten by the next.
+        A tile belongs to the caller until the next one is asked for, and may be changed.
         """
 
     @abstractmethod
@@ -101,23 +107,20 @@ class PerSampleGradient(ABC):
         Returns:
             For each partition ``[n, pieces]``.
         """
-        along = [0 if p is None else p.axis for p in partitions]
+        along = axes_of(partitions)
         sums = {
             axis: torch.zeros(self.n, self.shape[axis], device=self.device) for axis in sorted(set(along))
         }
-        scratch: Tensor | None = None
         for samples, rows, tile in self.tiles():
             if total is not None:
                 _add_over_samples(total[rows], tile)
             if square is None and not partitions:
                 continue
-            if scratch is None or scratch.shape != tile.shape:
-                scratch = torch.empty_like(tile)
-            torch.mul(tile, tile, out=scratch)
+            tile.square_()
             if square is not None:
-                _add_over_samples(square[rows], scratch)
+                _add_over_samples(square[rows], tile)
             for axis, out in sums.items():
-                _add_marginal(out, samples, rows, scratch, axis)
+                _add_marginal(out, samples, rows, tile, axis)
         return [
             sums[axis].sum(1, keepdim=True) if p is None else p.sums(sums[axis])
             for p, axis in zip(partitions, along, strict=True)
@@ -130,8 +133,10 @@ def _add_over_samples(out: Tensor, tile: Tensor) -> None:
 
 def _add_marginal(out: Tensor, samples: slice, rows: slice, squares: Tensor, axis: int) -> None:
     """Add the squares, summed over all axes but one, to ``out [n, shape[axis]]``."""
-    if axis == 0:
-        out[samples, rows] += squares.flatten(2).sum(2) if squares.dim() > 2 else squares
+    target = out[samples, rows] if axis == 0 else out[samples]
+    if squares.dim() == 3 and squares.shape[0] == 1:
+        matrix = squares[0] if axis == 0 else squares[0].T
+        target[0].add_(matrix @ matrix.new_ones(matrix.shape[1]))  # faster than a reduction on CPUs
     else:
         others = [d for d in range(1, squares.dim()) if d != axis + 1]
-        out[samples] += squares.sum(others)
+        target.add_(squares.sum(others) if others else squares)

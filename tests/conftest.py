@@ -1,0 +1,35 @@
+"""Settings that every test shares: no network, no progress bars, seeded randomness, two threads."""
+
+import os
+import random
+
+# Before anything imports transformers or datasets, which read these once.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    TRANSFORMERS_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    TOKENIZERS_PARALLELISM="false",
+)
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("fisherscope", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("fisherscope")
+
+
+def pytest_configure():
+    """Two threads, however many cores there are: rounding, and so the tests, do not depend on the machine."""
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    """Each test starts from the same random state, whichever ran before."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)

@@ -1,0 +1,98 @@
+"""Random per-sample gradients with their reference in float64, and partitions of their parameter."""
+
+from dataclasses import dataclass
+
+import torch
+from hypothesis import strategies as st
+
+from fisherscope.layout import Partition
+from fisherscope.linalg import Dense, Factored, PerSampleGradient
+
+
+@dataclass
+class Case:
+    """One gradient, what it must equal, and partitions of its parameter."""
+
+    gradient: PerSampleGradient
+    reference: torch.Tensor
+    partitions: list[Partition | None]
+
+    def __repr__(self):
+        kind = type(self.gradient).__name__
+        return f"{kind} {tuple(self.reference.shape)}, partitions {self.partitions}"
+
+
+@st.composite
+def partitions_of(draw, shape):
+    """Pieces along any axis, in any order, with or without gaps; None for the whole parameter."""
+    if draw(st.booleans()):
+        return None
+    axis = draw(st.integers(0, len(shape) - 1))
+    width = draw(st.integers(1, shape[axis]))
+    slots = shape[axis] // width
+    order = draw(st.permutations(range(slots)))
+    count = draw(st.integers(1, slots))
+    offset = draw(st.integers(0, shape[axis] - slots * width))
+    return Partition("p", shape, axis, tuple(offset + width * k for k in order[:count]), width)
+
+
+def outer_products(left, right):
+    """The gradients by definition, in float64: a loop over samples and positions."""
+    reference = torch.zeros(left.shape[0], left.shape[2], right.shape[2], dtype=torch.float64)
+    for i, (rows, columns) in enumerate(zip(left.double(), right.double(), strict=True)):
+        for row, column in zip(rows, columns, strict=True):
+            reference[i] += torch.outer(row, column)
+    return reference
+
+
+def make_factored(n, positions, shape, seed=0):
+    """Random factors and their reference."""
+    generator = torch.Generator().manual_seed(seed)
+    left = torch.randn(n, positions, shape[0], generator=generator)
+    right = torch.randn(n, positions, shape[1], generator=generator)
+    return Factored(left, right), outer_products(left, right)
+
+
+def make_dense(n, shape, seed=0):
+    """Random values and their reference."""
+    values = torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed))
+    return Dense(values), values.double()
+
+
+@st.composite
+def factored_cases(draw):
+    """Matrices as sums of one to six outer products."""
+    shape = (draw(st.integers(1, 8)), draw(st.integers(1, 8)))
+    made = make_factored(draw(st.integers(1, 4)), draw(st.integers(1, 6)), shape, draw(st.integers(0, 2**16)))
+    return Case(*made, draw(st.lists(partitions_of(shape), min_size=1, max_size=3)))
+
+
+@st.composite
+def dense_cases(draw):
+    """Parameters with one to three axes."""
+    shape = tuple(draw(st.lists(st.integers(1, 6), min_size=1, max_size=3)))
+    made = make_dense(draw(st.integers(1, 4)), shape, draw(st.integers(0, 2**16)))
+    return Case(*made, draw(st.lists(partitions_of(shape), min_size=1, max_size=3)))
+
+
+def any_case():
+    """Either representation."""
+    return st.one_of(factored_cases(), dense_cases())
+
+
+def per_piece(values, partitions):
+    """Sum ``values [n, *shape]`` over each piece by slicing: for each partition ``[n, pieces]``."""
+    results = []
+    for partition in partitions:
+        pieces = [values] if partition is None else [piece.take(values) for piece in partition]
+        results.append(torch.stack([piece.flatten(1).sum(1) for piece in pieces], 1))
+    return results
+
+
+def assert_close(actual, expected, scale=None):
+    """Float32 within 1e-5 of the reference, relative to its largest entry (or to ``scale``)."""
+    assert actual.dtype == torch.float32
+    assert actual.shape == expected.shape
+    if expected.numel():
+        scale = float(expected.abs().max() if scale is None else scale)
+        assert float((actual.double() - expected).abs().max()) <= 1e-5 * max(scale, 1e-30)
