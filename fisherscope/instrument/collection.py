@@ -227,10 +227,11 @@ class Collection:
         )
 
     def _check_independence(self, plans: Sequence[TaskPlan]) -> None:
-        """Once, on the first batch of several samples: its shortest sample alone gives the same gradient."""
+        """Once, on the first batch: its shortest sample gives the same gradient without the longest."""
         for plan in plans:
-            for rows in plan.batches:
-                if len(rows) > 1 and not self.writer.committed_rows(plan.name):
+            for batch in plan.batches:
+                if len(batch) > 1 and not self.writer.committed_rows(plan.name):
+                    rows = (batch[0], batch[-1])
                     values = GroupValues(self.context)
                     self.batch_pass.run(self._batch(plan, rows), [values])
                     together = values.square[0].clone()

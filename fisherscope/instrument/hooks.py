@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fisherscope.errors import FisherscopeError
+from fisherscope.instrument.rules import LayerCall
 from fisherscope.instrument.targets import Site, Targets
 from fisherscope.linalg import Dense, Factored, PerSampleGradient
 
@@ -20,18 +21,31 @@ Emit = Callable[[str, PerSampleGradient], None]
 class GradientTap:
     """Turns what flows through the watched modules into per-sample gradients, one parameter at a time.
 
-    A forward hook keeps a layer's input; a hook on the layer's *output tensor* receives the output
-    gradient (full backward hooks break on models that change outputs in place). The rule makes a
-    per-sample gradient of the two, and it is handed on at once, so that no more than one layer's
-    gradients are alive. A parameter that is used several times is handed on after its last use, with the
-    pieces added up before anything is squared.
+    A forward hook keeps a layer's input and output; a hook on the layer's *output tensor* receives the
+    output gradient (full backward hooks break on models that change outputs in place). The rule makes
+    per-sample gradients of them, and they are handed on at once, so that no more than one layer's gradients
+    are alive. A parameter that is used several times is handed on after its last use, with the pieces added
+    up before anything is squared.
+
+    Layers whose input is cut into heads or channels (O, the down projection) are given an alias of their
+    input, so that the gradient which autograd forms for it is this layer's alone.
     """
 
-    def __init__(self, targets: Targets, emit: Emit, compute_dtype: torch.dtype) -> None:
-        """Watch the sites of ``targets`` and give each finished gradient to ``emit(parameter, gradient)``."""
+    def __init__(
+        self, targets: Targets, emit: Emit, compute_dtype: torch.dtype, *, input_cut: Collection[str] = ()
+    ) -> None:
+        """Watch the sites of ``targets``.
+
+        Args:
+            targets: what to watch.
+            emit: called with ``(parameter, gradient)`` when a gradient is complete.
+            compute_dtype: dtype that the rules get.
+            input_cut: paths of sites whose input gradient spares a product.
+        """
         self._sites = targets.sites
         self._emit = emit
         self._dtype = compute_dtype
+        self._input_cut = frozenset(input_cut)
         self._open_uses: Counter[str] = Counter()
         self._pieces: dict[str, PerSampleGradient] = {}
         self._n = 0
@@ -42,39 +56,44 @@ class GradientTap:
         self._n = n
         self._open_uses.clear()
         self._pieces.clear()
-        handles = [
-            site.module.register_forward_hook(self._forward_hook(site), with_kwargs=True)
-            for site in self._sites
-        ]
-        try:
+        with ExitStack() as stack:
+            for site in self._sites:
+                if site.path in self._input_cut:
+                    handle = site.module.register_forward_pre_hook(_alias_input)
+                    stack.callback(handle.remove)
+                handle = site.module.register_forward_hook(self._forward_hook(site), with_kwargs=True)
+                stack.callback(handle.remove)
+            stack.callback(self._pieces.clear)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            self._pieces.clear()
 
     def _forward_hook(self, site: Site) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             if not (torch.is_grad_enabled() and output.requires_grad):
                 return
-            inputs = (args[0] if args else next(iter(kwargs.values()))).detach()
-            if inputs.shape[0] != self._n or output.shape[0] != self._n:
+            given = args[0] if args else next(iter(kwargs.values()))
+            if given.shape[0] != self._n or output.shape[0] != self._n:
                 raise FisherscopeError(
-                    f"{site.path} sees {inputs.shape[0]} rows for a batch of {self._n} samples: it mixes "
+                    f"{site.path} sees {given.shape[0]} rows for a batch of {self._n} samples: it mixes "
                     "samples with positions, so their gradients cannot be told apart; leave it out with "
                     "parameters=[...]"
                 )
             self._open_uses.update(site.parameters.values())
-            output.register_hook(lambda gradient: self._backward(site, inputs, gradient))  # type: ignore[no-untyped-call]
+            use = _Use(given.detach(), output.detach(), output._version)
+            if site.path in self._input_cut and args and given.requires_grad:
+                on_gradient(output, use.keep_output_gradient)
+                on_gradient(given, lambda gradient: self._finish(site, use, gradient))
+            else:
+                on_gradient(output, lambda gradient: self._finish_without_input(site, use, gradient))
 
         return hook
 
-    def _backward(self, site: Site, inputs: Tensor, output_gradient: Tensor) -> None:
+    def _finish_without_input(self, site: Site, use: _Use, output_gradient: Tensor) -> None:
+        use.keep_output_gradient(output_gradient)
+        self._finish(site, use, None)
+
+    def _finish(self, site: Site, use: _Use, input_gradient: Tensor | None) -> None:
         gradients = site.rule.gradients(
-            site.module,
-            inputs.to(self._dtype),
-            output_gradient.detach().to(self._dtype),
-            frozenset(site.parameters),
+            site.module, use.call(self._dtype, input_gradient), frozenset(site.parameters)
         )
         for local, gradient in gradients.items():
             name = site.parameters[local]
@@ -85,6 +104,44 @@ class GradientTap:
                 self._pieces[name] = gradient
             else:
                 self._emit(name, gradient)
+
+
+class _Use:
+    """One call of one watched layer, between its forward and its backward pass."""
+
+    def __init__(self, inputs: Tensor, outputs: Tensor, version: int) -> None:
+        self._inputs = inputs
+        self._outputs = outputs
+        self._version = version
+        self._output_gradient: Tensor | None = None
+
+    def keep_output_gradient(self, gradient: Tensor) -> None:
+        """Wait for the gradient of the input."""
+        self._output_gradient = gradient.detach()
+
+    def call(self, dtype: torch.dtype, input_gradient: Tensor | None) -> LayerCall:
+        """What the rule gets; images that are rounded, or were changed in place since, are left out."""
+        if self._output_gradient is None:
+            raise RuntimeError("the gradient of a layer's input came before that of its output")
+        intact = self._outputs.dtype == dtype and self._outputs._version == self._version
+        exact = input_gradient is not None and input_gradient.dtype == dtype
+        return LayerCall(
+            inputs=self._inputs.to(dtype),
+            output_gradient=self._output_gradient.to(dtype),
+            outputs=self._outputs if intact else None,
+            input_gradient=input_gradient.detach() if exact and input_gradient is not None else None,
+        )
+
+
+def on_gradient(tensor: Tensor, function: Callable[[Tensor], None]) -> None:
+    """Call ``function`` with the gradient of ``tensor`` when the backward pass has formed it."""
+    tensor.register_hook(function)  # type: ignore[no-untyped-call]
+
+
+def _alias_input(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    if not args or not isinstance(args[0], Tensor):
+        return None
+    return (args[0].view_as(args[0]), *args[1:])
 
 
 def _sum_of_uses(first: PerSampleGradient, second: PerSampleGradient) -> PerSampleGradient:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from fisherscope.adapters.patterns import output_axis
 from fisherscope.instrument.batch import Batch
 from fisherscope.instrument.checks import check_losses
 from fisherscope.instrument.emission import Emission, Sinks, normalization_factors
@@ -14,6 +15,7 @@ from fisherscope.instrument.extensions.base import Collector, Context
 from fisherscope.instrument.hooks import GradientTap
 from fisherscope.instrument.objectives import Objective
 from fisherscope.instrument.targets import Targets
+from fisherscope.layout import GroupTable
 from fisherscope.linalg import Dense, PerSampleGradient
 from fisherscope.store import SegmentWriter
 
@@ -33,7 +35,9 @@ class BatchPass:
         self._model = model
         self._objective = objective
         self._context = context
-        self._tap = GradientTap(targets, self._emit, compute_dtype)
+        self._tap = GradientTap(
+            targets, self._emit, compute_dtype, input_cut=_sites_cut_on_the_input(targets, context.groups)
+        )
         self._dtype = compute_dtype
         self._collectors: Sequence[Collector] = ()
         self._batch: Batch | None = None
@@ -94,6 +98,17 @@ class BatchPass:
         )
         for collector in self._collectors:
             collector.update(emission, self._segment, self._start)
+
+
+def _sites_cut_on_the_input(targets: Targets, groups: GroupTable) -> list[str]:
+    """Sites with heads or channels along the weight's input features."""
+    found = []
+    for site in targets.sites:
+        partitions = [m.partition for name in site.parameters.values() for m in groups.members[name]]
+        along_inputs = 1 - output_axis(site.module)
+        if any(p is not None and len(p.shape) == 2 and p.axis == along_inputs for p in partitions):
+            found.append(site.path)
+    return found
 
 
 def _only(offered: Iterable[Sinks]) -> Sinks:

@@ -304,6 +304,7 @@ class Scope:
 
     def _provenance(self) -> dict[str, Any]:
         import transformers
+
         from fisherscope.versions import __version__
 
         device, dtype = self._device_and_dtype()

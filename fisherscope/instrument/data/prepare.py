@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fisherscope.errors import DataError
@@ -26,6 +26,7 @@ def prepare_task(
     max_length: int | None = None,
     max_samples: int | None = None,
     vocab_size: int | None = None,
+    max_positions: int | None = None,
 ) -> list[Sample]:
     """Turn the rows of a task into samples.
 
@@ -38,6 +39,7 @@ def prepare_task(
         max_length: longer samples are cut at the right, and the number of cut tokens is kept.
         max_samples: only the first so many rows are read.
         vocab_size: number of token ids the model has; ids beyond it are refused.
+        max_positions: the longest sequence the model takes; longer samples are refused.
 
     Returns:
         One sample per row, in row order, with keys that differ within the task.
@@ -50,8 +52,9 @@ def prepare_task(
         raise ValueError(f"max_length must be at least 2 (position 0 bears no loss), it is {max_length}")
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"max_samples must be at least 1, it is {max_samples}")
+    limits = _Limits(max_length, vocab_size, max_positions)
     walked = [
-        (place, _sample(row, tokenizer, place, max_length, vocab_size))
+        (place, _sample(row, tokenizer, place, limits))
         for place, row in itertools.islice(walk(name, rows), max_samples)
     ]
     if not walked:
@@ -60,26 +63,45 @@ def prepare_task(
     return _told_apart([sample for _, sample in walked])
 
 
-def _sample(row: Any, tokenizer: Any, place: Place, max_length: int | None, vocab_size: int | None) -> Sample:
+@dataclass(frozen=True, slots=True)
+class _Limits:
+    """What a sample has to fit into; None where there is no limit."""
+
+    length: int | None
+    vocabulary: int | None
+    positions: int | None
+
+
+def _sample(row: Any, tokenizer: Any, place: Place, limits: _Limits) -> Sample:
+    """One row, encoded, checked and truncated."""
     encoded = _encode(row, tokenizer, place)
     ids, labels, text = encoded.input_ids, encoded.labels, encoded.text
     if not ids:
         raise place.error("the row has no tokens; remove it")
-    _check_vocabulary("input_ids", ids, vocab_size, place)
-    _check_vocabulary("labels", [label for label in labels if label != IGNORED], vocab_size, place)
+    _check_vocabulary("input_ids", ids, limits.vocabulary, place)
+    _check_vocabulary("labels", [label for label in labels if label != IGNORED], limits.vocabulary, place)
     if text is None and tokenizer is not None:
         text = str(tokenizer.decode(ids))
-    kept = len(ids) if max_length is None else min(len(ids), max_length)
-    sample = Sample(tuple(ids[:kept]), tuple(labels[:kept]), text, len(ids) - kept)
-    if sample.truncated and not sample.tokens and any(label != IGNORED for label in labels[1:]):
-        last = max(index for index, label in enumerate(labels) if label != IGNORED)
-        first = next(index for index, label in enumerate(labels) if index and label != IGNORED)
+    kept = len(ids) if limits.length is None else min(len(ids), limits.length)
+    if limits.positions is not None and kept > limits.positions:
         raise place.error(
-            f"max_length={max_length} cuts off every token that bears loss: the sample has {len(ids)} tokens "
-            f"and loss on positions {first} to {last}; raise max_length above {first}, "
+            f"{kept} tokens, and the model takes {limits.positions}; "
+            f"pass max_length={limits.positions} to cut longer samples, or shorten the row"
+        )
+    sample = Sample(tuple(ids[:kept]), tuple(labels[:kept]), text, len(ids) - kept)
+    if sample.truncated and not sample.tokens:
+        _refuse_cut_loss(labels, kept, place)
+    return sample
+
+
+def _refuse_cut_loss(labels: list[int], kept: int, place: Place) -> None:
+    bearing = [index for index, label in enumerate(labels) if index and label != IGNORED]
+    if bearing:
+        raise place.error(
+            f"max_length={kept} cuts off every token that bears loss: the sample has {len(labels)} tokens "
+            f"and loss on positions {bearing[0]} to {bearing[-1]}; raise max_length above {bearing[0]}, "
             "or shorten or remove the row"
         )
-    return sample
 
 
 def _encode(row: Any, tokenizer: Any, place: Place) -> Encoded:

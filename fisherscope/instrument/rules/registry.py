@@ -11,7 +11,25 @@ from torch import Tensor, nn
 
 from fisherscope.linalg import PerSampleGradient
 
-RuleFunction = Callable[[nn.Module, Tensor, Tensor, frozenset[str]], dict[str, PerSampleGradient]]
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One call of a layer, as its rule sees it. All tensors are detached.
+
+    Attributes:
+        inputs: what went in, ``[n, ..., features]``, in the compute dtype.
+        output_gradient: gradient of the summed losses with respect to what came out, likewise.
+        outputs: what came out, where it is exact in the compute dtype and nobody has changed it since.
+        input_gradient: gradient with respect to what went in, where the backward pass has formed it.
+    """
+
+    inputs: Tensor
+    output_gradient: Tensor
+    outputs: Tensor | None = None
+    input_gradient: Tensor | None = None
+
+
+RuleFunction = Callable[[nn.Module, LayerCall, frozenset[str]], dict[str, PerSampleGradient]]
 
 ENTRY_POINT_GROUP = "fisherscope.rules"
 _BUILT_IN = ("fisherscope.instrument.rules.linear", "fisherscope.instrument.rules.conv1d")
@@ -23,9 +41,8 @@ class Rule:
 
     Attributes:
         handles: names of the layer's own parameters that the rule knows, such as ("weight", "bias").
-        gradients: ``(module, input, output_gradient, wanted) -> {name: PerSampleGradient}``, where input
-            and output gradient are ``[n, ..., features]`` in the compute dtype and ``wanted`` is a subset
-            of ``handles``.
+        gradients: ``(module, call, wanted) -> {name: PerSampleGradient}``, where ``wanted`` is a subset of
+            ``handles``.
     """
 
     handles: tuple[str, ...]

@@ -1,0 +1,1 @@
+"""Hooks, layer rules, extensions, objectives and the collection loop: what meets the live model."""
