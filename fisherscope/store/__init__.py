@@ -1,0 +1,20 @@
+"""The contribution store: immutable HDF5 shards, committed by a journal, read without libhdf5."""
+
+from fisherscope.store.disk import Durability
+from fisherscope.store.reader import ContributionStore, open_store
+from fisherscope.store.schema import FORMAT, FORMAT_VERSION, StoreHeader
+from fisherscope.store.segment import SegmentWriter
+from fisherscope.store.snapshot import Snapshot
+from fisherscope.store.writer import StoreWriter
+
+__all__ = [
+    "FORMAT",
+    "FORMAT_VERSION",
+    "ContributionStore",
+    "Durability",
+    "SegmentWriter",
+    "Snapshot",
+    "StoreHeader",
+    "StoreWriter",
+    "open_store",
+]

@@ -1,0 +1,133 @@
+"""Reading snapshots and constants: sums over ranks, in order of rank and in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fisherscope.errors import CorruptStoreError, NotStoredError, StoreError
+from fisherscope.layout import ParameterSlice
+from fisherscope.store import journal
+from fisherscope.store.dtypes import to_tensor
+from fisherscope.store.index import TaskIndex
+from fisherscope.store.mapped import Checked, MappedShard
+from fisherscope.store.names import escape_path, unescape_path
+from fisherscope.store.records import ConstantsRecord, ShardRecord
+
+if TYPE_CHECKING:
+    from fisherscope.store.reader import ContributionStore
+
+
+def open_shard(store: ContributionStore, record: ShardRecord, checked: Checked) -> MappedShard:
+    """Map a shard.
+
+    Raises:
+        StoreError: it was a snapshot, and a running collection has replaced it.
+        CorruptStoreError: it is missing or damaged.
+    """
+    try:
+        return MappedShard(store.path, record, checked)
+    except CorruptStoreError:
+        for ledger in store.ledgers:
+            live = {snapshot.shard.file for snapshot in ledger.snapshots.values()}
+            if record.file in live and len(journal.read(store.path, ledger.rank).records) > ledger.records:
+                raise StoreError(
+                    f"the store {store.path} is still being written and {record.file} was replaced: call "
+                    "store.refresh()"
+                ) from None
+        raise
+
+
+def mean_of(
+    store: ContributionStore,
+    index: TaskIndex,
+    parameter: str,
+    prefix: str,
+    piece: ParameterSlice | None = None,
+) -> Tensor:
+    """Mean over samples of a summed array of a parameter, or of one slice of it; float32."""
+    shape = store.layout.parameter(parameter).shape
+    count = sum(snapshot.count for snapshot in index.snapshots)
+    sums = total(store, index, f"{prefix}/{parameter}", shape, piece)
+    if not count:
+        raise NotStoredError(f"the snapshots of task {index.task.name!r} cover no samples: resume the run")
+    return (sums / count).float()
+
+
+def total(
+    store: ContributionStore,
+    index: TaskIndex,
+    name: str,
+    shape: tuple[int, ...] | None = None,
+    piece: ParameterSlice | None = None,
+) -> Tensor:
+    """Sum over ranks of one array of the snapshots, float64.
+
+    Raises:
+        NotStoredError: the snapshots have no such array, or there is none yet.
+    """
+    if not index.snapshots:
+        raise NotStoredError(
+            f"no aggregate of task {index.task.name!r} is committed yet: let the run finish, or resume it"
+        )
+    dataset = escape_path(name)
+    sums: Tensor | None = None
+    for snapshot in index.snapshots:
+        shard = store.shard(snapshot.shard)
+        if dataset not in shard:
+            raise NotStoredError(_what_to_collect(store, name))
+        values = _array(shard, dataset, shape, piece).double()
+        sums = values if sums is None else sums + values
+    assert sums is not None
+    return sums
+
+
+def _array(
+    shard: MappedShard, name: str, shape: tuple[int, ...] | None, piece: ParameterSlice | None
+) -> Tensor:
+    spec = shard.dataset(name).spec
+    view = shard.view(name, spec.shape if shape is None else shape, spec.dtype)
+    if piece is None:
+        return shard.tensor(name)
+    start, stop = 0, spec.nbytes
+    leading = next((cut for cut in piece.cuts if cut.axis == 0), None)
+    if leading is not None:
+        row = view[:1].nbytes
+        start, stop = leading.start * row, leading.stop * row
+    shard.check(name, [(start, stop)])
+    index: list[Any] = [slice(None)] * len(spec.shape)
+    for cut in piece.cuts:
+        index[cut.axis] = slice(cut.start, cut.stop, cut.step)
+    return to_tensor(np.array(view[tuple(index)], order="C"), spec.dtype)
+
+
+def _what_to_collect(store: ContributionStore, name: str) -> str:
+    if name.startswith(("fisher/", "mean/")) and store.header.fisher_shape == "groups":
+        return (
+            f"{store.path} holds group values only, not {name!r}: collect again with "
+            "extensions=(Fisher(shape='full'), ...)"
+        )
+    if name.startswith("fisher/"):
+        labels = name.split("/")[1]
+        return (
+            f"{store.path} holds no Fisher for labels={labels!r}: collect again with "
+            f"Fisher(labels={labels!r})"
+        )
+    return f"{store.path} holds no aggregate {name!r}: collect again with the extension that emits it"
+
+
+def constants(store: ContributionStore, records: Sequence[ConstantsRecord]) -> dict[str, NDArray[Any]]:
+    """The store's constant arrays by name."""
+    found: dict[str, NDArray[Any]] = {}
+    for record in records:
+        shard = store.shard(record.shard)
+        for dataset in record.shard.datasets:
+            tensor = shard.tensor(dataset.name)
+            values = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+            found.setdefault(unescape_path(dataset.name), values.numpy())
+    return found

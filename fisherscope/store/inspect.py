@@ -1,0 +1,104 @@
+"""A description of a store in plain data, from ``store.json`` and the journals alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fisherscope.layout import ModelLayout
+from fisherscope.store.ledger import Ledger
+from fisherscope.store.reader import ContributionStore, open_store
+from fisherscope.store.records import ShardRecord
+from fisherscope.store.schema import FORMAT, FORMAT_VERSION, HEADER_FILE, JOURNAL_DIRECTORY
+
+_KINDS = {
+    "sample": "samples",
+    "ids": "tokens",
+    "text": "text",
+    "groups": "groups",
+    "gradients": "gradients",
+    "parameters": "gradients",
+}
+
+
+def describe(store: ContributionStore | str | Path) -> dict[str, Any]:
+    """What a store holds and how it was made; no shard is read.
+
+    Returns:
+        JSON-ready: path, format, model type, tasks (samples, committed, complete, samples in the
+        aggregates), shards and bytes per kind, element types, a summary of the layout, options,
+        fingerprint and provenance.
+
+    Raises:
+        StoreFormatError: the directory is not a store.
+        CorruptStoreError: it is damaged.
+    """
+    opened = store if isinstance(store, ContributionStore) else open_store(store)
+    header = opened.header
+    return {
+        "path": str(opened.path),
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "model_type": header.layout.model_type,
+        "tasks": {
+            task: {
+                "samples": opened.n(task),
+                "committed": opened.committed(task),
+                "complete": opened.is_complete(task),
+                "aggregated": opened.fisher_count(task),
+            }
+            for task in opened.tasks
+        },
+        "ranks": [ledger.rank for ledger in opened.ledgers],
+        "shards": sum(1 for ledger in opened.ledgers for _ in ledger.shards()),
+        "bytes": _bytes(opened),
+        "encodings": {"gradients": "dense"} if header.gradient_parameters else {"gradients": "none"},
+        "gradient_dtype": header.gradient_dtype,
+        "normalization": header.normalization,
+        "fisher_shape": header.fisher_shape,
+        "parameters": list(header.parameters),
+        "gradient_parameters": list(header.gradient_parameters),
+        "groups": len(header.groups),
+        "layout": _layout(header.layout),
+        "options": header.options,
+        "fingerprint": header.fingerprint,
+        "provenance": header.provenance,
+    }
+
+
+def _bytes(store: ContributionStore) -> dict[str, int]:
+    """Bytes per kind of data; ``overhead`` is file metadata and padding to pages."""
+    found = dict.fromkeys((*_KINDS.values(), "aggregates", "constants", "overhead", "journals"), 0)
+    for ledger in store.ledgers:
+        for kind, shard in _shards(ledger):
+            for dataset in shard.datasets:
+                which = kind or _KINDS.get(dataset.name.split("/")[0], "samples")
+                found[which] += dataset.spec.nbytes
+            found["overhead"] += shard.nbytes - sum(d.spec.nbytes for d in shard.datasets)
+    for path in (store.path / HEADER_FILE, *(store.path / JOURNAL_DIRECTORY).glob("r*.journal")):
+        found["journals"] += path.stat().st_size
+    return {**found, "total": sum(found.values())}
+
+
+def _shards(ledger: Ledger) -> Iterator[tuple[str, ShardRecord]]:
+    for segments in ledger.segments.values():
+        yield from (("", segment.shard) for segment in segments)
+    yield from (("aggregates", snapshot.shard) for snapshot in ledger.snapshots.values())
+    if ledger.constants is not None:
+        yield "constants", ledger.constants.shard
+
+
+def _layout(layout: ModelLayout) -> dict[str, Any]:
+    return {
+        "parameters": len(layout.parameters),
+        "entries": sum(math.prod(info.shape) for info in layout.parameters),
+        "attention_layers": len(layout.attention),
+        "heads": sorted({a.n_heads for a in layout.attention}),
+        "kv_heads": sorted({a.n_kv_heads for a in layout.attention}),
+        "blocks": list(dict.fromkeys(block.name for _, block in layout.head_blocks())),
+        "stacks": list(dict.fromkeys(a.stack for a in layout.attention)),
+        "mlps": len(layout.mlps),
+        "channels": sorted({m.channels for m in layout.mlps}),
+    }

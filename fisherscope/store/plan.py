@@ -1,0 +1,88 @@
+"""The datasets of a segment: names, shapes and element types for ``n`` samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fisherscope.store.gradient_plan import BlockDataset, GradientPlan
+from fisherscope.store.schema import StoreHeader
+from fisherscope.store.skeleton import DatasetSpec
+
+SAMPLE_COLUMNS = {
+    "sample/row": "int64",
+    "sample/length": "int32",
+    "sample/tokens": "int32",
+    "sample/loss": "float64",
+    "sample/truncated": "int32",
+}
+RAGGED = {"ids": {"ids/input": "int32", "ids/labels": "int32"}, "text": {"text/bytes": "uint8"}}
+GROUP_COLUMNS = ("groups/square", "groups/dot")
+
+
+@dataclass(frozen=True)
+class SegmentPlan:
+    """What a segment of some samples holds.
+
+    Attributes:
+        header: of the store.
+        n: number of samples.
+        offsets: per ragged family ("ids", "text") where each sample starts and the last ends, ``[n + 1]``.
+        gradients: the gradient datasets, or None for a segment without.
+    """
+
+    header: StoreHeader
+    n: int
+    offsets: Mapping[str, NDArray[np.int64]]
+    gradients: GradientPlan | None
+
+    @classmethod
+    def build(
+        cls,
+        header: StoreHeader,
+        n: int,
+        ragged: Mapping[str, Sequence[int]],
+        gradients: GradientPlan | None,
+    ) -> SegmentPlan:
+        """Plan a segment.
+
+        Raises:
+            ValueError: ragged lengths are not one per sample, or of an unknown family.
+        """
+        offsets = {}
+        for family, lengths in ragged.items():
+            if family not in RAGGED:
+                raise ValueError(f"unknown ragged datasets {family!r}: there are {sorted(RAGGED)}")
+            sizes = np.asarray(lengths, dtype=np.int64).reshape(-1)
+            if len(sizes) != n or (n and sizes.min() < 0):
+                raise ValueError(f"{family!r} needs {n} lengths >= 0, one per sample, got {len(sizes)}")
+            offsets[family] = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+        return cls(header, n, offsets, gradients if gradients and gradients.datasets else None)
+
+    def first(self, rows: int) -> SegmentPlan:
+        """The plan for the first ``rows`` samples only."""
+        offsets = {family: values[: rows + 1] for family, values in self.offsets.items()}
+        return SegmentPlan(self.header, rows, offsets, self.gradients)
+
+    @cached_property
+    def ragged(self) -> dict[str, str]:
+        """The family of each ragged dataset."""
+        return {name: family for family in self.offsets for name in RAGGED[family]}
+
+    @cached_property
+    def specs(self) -> dict[str, DatasetSpec]:
+        """Every dataset by name, in file order."""
+        n, groups = self.n, len(self.header.groups)
+        specs = [DatasetSpec(name, (n,), dtype) for name, dtype in SAMPLE_COLUMNS.items()]
+        for family, offsets in self.offsets.items():
+            specs.append(DatasetSpec(f"{family}/offsets", (n + 1,), "int64"))
+            specs.extend(DatasetSpec(k, (int(offsets[-1]),), dtype) for k, dtype in RAGGED[family].items())
+        specs.extend(DatasetSpec(name, (n, groups), "float32") for name in GROUP_COLUMNS)
+        for dataset in self.gradients.datasets if self.gradients else ():
+            spans = dataset.heads if isinstance(dataset, BlockDataset) else 1
+            specs.append(DatasetSpec(dataset.name, dataset.shape(n), self.header.gradient_dtype, spans))
+        return {spec.name: spec for spec in specs}

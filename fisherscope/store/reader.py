@@ -1,0 +1,342 @@
+"""Reading a store: samples in task order, gradients, aggregates. Neither a model nor libhdf5 is needed."""
+
+from __future__ import annotations
+
+import builtins
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fisherscope.layout import GroupTable, ModelLayout, ParameterSlice
+from fisherscope.layout.model import Part
+from fisherscope.store import aggregates, gradients, lookup, tables
+from fisherscope.store.gradient_plan import GradientPlan
+from fisherscope.store.index import TaskIndex, build_index
+from fisherscope.store.ledger import Ledger, read_ledgers
+from fisherscope.store.mapped import Checked, MappedShard
+from fisherscope.store.records import ShardRecord
+from fisherscope.store.schema import StoreHeader, read_header
+
+Samples: TypeAlias = slice | Sequence[int] | NDArray[np.int64] | None
+
+_OPEN_SHARDS = 128  # each map holds a file descriptor
+
+
+def open_store(path: str | Path) -> ContributionStore:
+    """Open a contribution store for reading.
+
+    A store that is still being written shows what is committed now; :meth:`ContributionStore.refresh`
+    looks again.
+
+    Args:
+        path: the directory that ``collect`` wrote.
+
+    Raises:
+        StoreFormatError: the directory is not a store, or one of another format version.
+        CorruptStoreError: its journals or ``store.json`` are damaged.
+    """
+    return ContributionStore(path)
+
+
+class ContributionStore:
+    """A contribution store, read-only. Picklable (by its path); files are opened when they are needed.
+
+    Samples always come in task order. ``samples=`` takes a slice or a list of positions in the table
+    :meth:`samples`, which are the row numbers once the task is complete.
+
+    Attributes:
+        path: the store's directory.
+        header: what the store is a store of.
+    """
+
+    path: Path
+    header: StoreHeader
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).absolute()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look again at what is committed.
+
+        Raises:
+            StoreFormatError: the directory is not a store, or one of another format version.
+            CorruptStoreError: the journals or ``store.json`` are damaged.
+        """
+        self.header, digest = read_header(self.path)
+        self._ledgers: list[Ledger] = read_ledgers(self.path, digest)
+        self._index = build_index(self.path, self._ledgers)
+        self._plan = GradientPlan.build(self.header.layout, self.header.gradient_parameters)
+        self._shards: OrderedDict[str, MappedShard] = OrderedDict()
+        self._checked: dict[str, Checked] = {}
+
+    def __reduce__(self) -> tuple[type[ContributionStore], tuple[Path]]:
+        return type(self), (self.path,)
+
+    @property
+    def layout(self) -> ModelLayout:
+        """Where each head lives inside each parameter."""
+        return self.header.layout
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The instrumented parameters."""
+        return self.header.parameters
+
+    @property
+    def gradient_parameters(self) -> tuple[str, ...]:
+        """The parameters whose per-sample gradients are stored."""
+        return self.header.gradient_parameters
+
+    @property
+    def group_table(self) -> GroupTable:
+        """The groups, in the order of :meth:`groups` and :meth:`group_values`."""
+        return self.header.groups
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Versions, model name and command line of the run that began the store."""
+        return self.header.provenance
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks, in order of declaration."""
+        return list(self._index)
+
+    def is_complete(self, task: str) -> bool:
+        """Whether all samples of a task, and its aggregates, are committed."""
+        return self._task(task).complete
+
+    def n(self, task: str) -> int:
+        """Number of samples of a task, committed or not."""
+        return self._task(task).task.n
+
+    def committed(self, task: str) -> int:
+        """Number of committed samples of a task: all of them if it is complete."""
+        return len(self._task(task))
+
+    def samples(self, task: str) -> pd.DataFrame:
+        """The committed samples of a task, in task order.
+
+        Returns:
+            Columns id, row, key, length (attended positions), tokens (labels that bear loss), loss (sum
+            over them, nats), truncated (tokens cut off) and, where texts are stored, text.
+        """
+        return tables.samples(self, self._task(task))
+
+    def token_ids(self, task: str, row: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Input ids and labels (-100: no loss) of one sample.
+
+        Raises:
+            KeyError: no such row is committed.
+            NotStoredError: ids were not stored.
+        """
+        return tables.token_ids(self, self._task(task), row)
+
+    def gradients(self, task: str, parameter: str, samples: Samples = None) -> Tensor:
+        """Per-sample gradients g_i of the summed loss, signed.
+
+        Returns:
+            ``[n, *shape]``, float32.
+
+        Raises:
+            KeyError: no such task or parameter.
+            NotStoredError: gradients of this parameter were not collected.
+            CorruptStoreError: a shard is missing or damaged.
+        """
+        index = self._task(task)
+        return gradients.read_parameter(
+            self, index, lookup.gradients_stored(self.header, parameter), index.select(samples)
+        )
+
+    def slice(
+        self,
+        task: str,
+        *,
+        layer: int,
+        block: str,
+        head: int,
+        part: Part = "weight",
+        stack: str = "decoder",
+        samples: Samples = None,
+    ) -> Tensor:
+        """Per-sample gradients of one head: a query head for Q and O, a kv head for K and V.
+
+        Reads the bytes of that head only.
+
+        Returns:
+            ``[n, slice size]``, float32, each slice in the parameter's memory order.
+
+        Raises:
+            KeyError: no such task, layer, block or bias.
+            IndexError: no such head.
+            NotStoredError: gradients of this block were not collected.
+            CorruptStoreError: a shard is missing or damaged.
+        """
+        self.layout.slice(layer, block, head, part=part, stack=stack)  # names what there is
+        return self._slices(task, layer, block, part, stack, samples, slice(head, head + 1))[0]
+
+    def slices(
+        self,
+        task: str,
+        *,
+        layer: int,
+        block: str,
+        part: Part = "weight",
+        stack: str = "decoder",
+        samples: Samples = None,
+    ) -> Tensor:
+        """Per-sample gradients of all heads of a block, in one read.
+
+        Returns:
+            ``[heads, n, slice size]``, float32; as :meth:`slice` for each head.
+        """
+        return self._slices(task, layer, block, part, stack, samples, slice(None))
+
+    def _slices(
+        self,
+        task: str,
+        layer: int,
+        block: str,
+        part: Part,
+        stack: str,
+        samples: Samples,
+        heads: builtins.slice,
+    ) -> Tensor:
+        index = self._task(task)
+        first = self.layout.slice(layer, block, 0, part=part, stack=stack)
+        lookup.gradients_stored(self.header, first.parameter)
+        partition = self.layout.attention_layer(layer, stack).block(block).part(part)
+        assert partition is not None
+        return gradients.read_heads(self, index, partition, index.select(samples), heads)
+
+    def fisher(self, task: str, parameter: str, labels: str = "data") -> Tensor:
+        """Diagonal Fisher F = mean over samples of h_i ** 2, merged over ranks.
+
+        Covers the samples of the last snapshots: :meth:`fisher_count` says how many.
+
+        Returns:
+            ``[*shape]``, float32.
+
+        Raises:
+            KeyError: no such task or parameter.
+            NotStoredError: no full-shape Fisher of these labels was collected.
+        """
+        return aggregates.mean_of(
+            self, self._task(task), lookup.instrumented(self.header, parameter), f"fisher/{labels}"
+        )
+
+    def fisher_slice(
+        self,
+        task: str,
+        *,
+        layer: int,
+        block: str,
+        head: int,
+        part: Part = "weight",
+        stack: str = "decoder",
+        labels: str = "data",
+    ) -> Tensor:
+        """Diagonal Fisher of one head.
+
+        Returns:
+            ``[slice size]``, float32, in the order of :meth:`slice`.
+        """
+        piece: ParameterSlice = self.layout.slice(layer, block, head, part=part, stack=stack)
+        parameter = lookup.instrumented(self.header, piece.parameter)
+        index = self._task(task)
+        return aggregates.mean_of(self, index, parameter, f"fisher/{labels}", piece).reshape(-1)
+
+    def fisher_count(self, task: str) -> int:
+        """Number of samples that :meth:`fisher` and :meth:`mean` cover; it may lag behind."""
+        return sum(snapshot.count for snapshot in self._task(task).snapshots)
+
+    def mean(self, task: str, parameter: str) -> Tensor:
+        """Mean over samples of the normalised gradient h_i.
+
+        Returns:
+            ``[*shape]``, float32.
+
+        Raises:
+            KeyError: no such task or parameter.
+            NotStoredError: it was not collected.
+        """
+        return aggregates.mean_of(self, self._task(task), lookup.instrumented(self.header, parameter), "mean")
+
+    def aggregate(self, task: str, name: str) -> Tensor:
+        """One array of the snapshots, added over ranks in float64.
+
+        Raises:
+            NotStoredError: the snapshots have no such array.
+        """
+        return aggregates.total(self, self._task(task), name)
+
+    def constants(self) -> dict[str, NDArray[Any]]:
+        """Arrays that hold for the whole store, such as ``groups/theta_square``."""
+        return aggregates.constants(self, [r.constants for r in self._ledgers if r.constants])
+
+    def groups(self, task: str) -> pd.DataFrame:
+        """Contributions per group, over all committed samples of a task, in float64.
+
+        Returns:
+            Columns kind, stack, layer, block, index, part, parameter, size; count (samples); sum (mean over
+            samples of the group's sum of C_i); mean (sum / size); variance (unbiased, over samples, of the
+            group's mean C_i); theta_square (sum of squared parameters, NaN if it was not stored).
+        """
+        return tables.groups(self, self._task(task))
+
+    def group_values(self, task: str, samples: Samples = None) -> xr.Dataset:
+        """Per sample and group ``square`` = sum g^2 and ``dot`` = <g, theta>, of the raw gradients g_i.
+
+        Returns:
+            Dimensions sample, group; coordinates id, row, tokens and the columns of the group table.
+        """
+        index = self._task(task)
+        return tables.group_values(self, index, index.select(samples))
+
+    def group_contributions(self, task: str) -> NDArray[np.float64]:
+        """Contributions per sample and group, ``[n, groups]``: the group's sum of C_i = h_i ** 2."""
+        return tables.group_contributions(self, self._task(task))
+
+    def shard(self, record: ShardRecord) -> MappedShard:
+        """A shard, mapped; the last ones used stay open."""
+        if record.file not in self._shards:
+            checked = self._checked.setdefault(record.file, {})
+            self._shards[record.file] = aggregates.open_shard(self, record, checked)
+            if len(self._shards) > _OPEN_SHARDS:
+                self._shards.popitem(last=False)
+        self._shards.move_to_end(record.file)
+        return self._shards[record.file]
+
+    @property
+    def gradient_plan(self) -> GradientPlan:
+        """Where the gradients of each parameter lie."""
+        return self._plan
+
+    def task_index(self, task: str) -> TaskIndex:
+        """Where each committed sample of a task lies."""
+        return self._task(task)
+
+    @property
+    def ledgers(self) -> list[Ledger]:
+        """The replayed journals, in order of rank."""
+        return self._ledgers
+
+    def _task(self, task: str) -> TaskIndex:
+        try:
+            return self._index[task]
+        except KeyError:
+            raise KeyError(f"{self.path} has no task {task!r}: it has {self.tasks}") from None
+
+    def __repr__(self) -> str:
+        return tables.representation(self)
+
+    def _repr_html_(self) -> str:
+        return tables.html(self)

@@ -1,0 +1,237 @@
+"""``store.json``: what a store is a store of. Written once, when the store is created."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fisherscope.errors import CorruptStoreError, FingerprintError, StoreFormatError
+from fisherscope.layout import GroupTable, ModelLayout
+from fisherscope.store import disk
+from fisherscope.store.dtypes import gradient_dtype
+
+FORMAT = "fisherscope-store"
+FORMAT_VERSION = 1
+HEADER_FILE = "store.json"
+JOURNAL_DIRECTORY = "journal"
+SHARD_DIRECTORY = "shards"
+MAX_HEADER_BYTES = 256 << 20
+MAX_PIECES = 1 << 25
+
+NORMALIZATIONS = ("per_token", "none", "mean")
+FISHER_SHAPES = ("full", "groups")
+
+
+@dataclass(frozen=True)
+class StoreHeader:
+    """What every shard of a store has in common.
+
+    Attributes:
+        fingerprint: identity of the run (digests of weights, tokenizer, objective, batch plan, ...): two
+            runs may write to one store only if they agree on it.
+        layout: every parameter of the model, every head slice, every MLP channel.
+        parameters: the instrumented parameters.
+        gradient_parameters: those whose per-sample gradients are stored; may be empty.
+        gradient_dtype: element type of stored gradients.
+        normalization: how h_i comes from g_i: "per_token" g / sqrt(T), "none" g, "mean" g / T.
+        fisher_shape: "full" where snapshots hold F and mean h of every parameter, else "groups".
+        options: of the collection, as used.
+        provenance: versions, model name, command line: for readers, no part of the identity.
+    """
+
+    fingerprint: dict[str, Any]
+    layout: ModelLayout
+    parameters: tuple[str, ...]
+    gradient_parameters: tuple[str, ...] = ()
+    gradient_dtype: str = "bfloat16"
+    normalization: str = "per_token"
+    fisher_shape: str = "full"
+    options: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        gradient_dtype(self.gradient_dtype)
+        if self.normalization not in NORMALIZATIONS:
+            raise ValueError(f"normalization {self.normalization!r} is none of {list(NORMALIZATIONS)}")
+        if self.fisher_shape not in FISHER_SHAPES:
+            raise ValueError(f"fisher_shape {self.fisher_shape!r} is none of {list(FISHER_SHAPES)}")
+        known = {info.name for info in self.layout.parameters}
+        for name in (*self.parameters, *self.gradient_parameters):
+            if name not in known:
+                raise ValueError(f"the layout has no parameter {name!r}")
+        for names in (self.parameters, self.gradient_parameters):
+            if len(set(names)) != len(names):
+                raise ValueError(f"a parameter is named twice in {list(names)}")
+
+    @cached_property
+    def groups(self) -> GroupTable:
+        """The groups of the instrumented parameters, in the order of ``groups/*`` datasets."""
+        return GroupTable.build(self.layout, self.parameters)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; :meth:`from_json` reads it back."""
+        return {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "fingerprint": self.fingerprint,
+            "layout": self.layout.to_json(),
+            "parameters": list(self.parameters),
+            "gradient_parameters": list(self.gradient_parameters),
+            "gradient_dtype": self.gradient_dtype,
+            "normalization": self.normalization,
+            "fisher_shape": self.fisher_shape,
+            "options": self.options,
+            "provenance": self.provenance,
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> StoreHeader:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: a field is missing or has the wrong form.
+        """
+        for key, kind in _FIELDS.items():
+            if not isinstance(data.get(key), kind):
+                raise ValueError(f"{key!r} is missing or no {kind.__name__}")  # noqa: TRY004 - damage, not misuse
+        for key in ("parameters", "gradient_parameters"):
+            if not all(isinstance(name, str) for name in data[key]):
+                raise ValueError(f"{key!r} holds something else than names")
+        if _pieces(data["layout"]) > MAX_PIECES:
+            raise ValueError(f"the layout declares more than {MAX_PIECES} heads and channels")
+        return cls(
+            fingerprint=data["fingerprint"],
+            layout=ModelLayout.from_json(data["layout"]),
+            parameters=tuple(data["parameters"]),
+            gradient_parameters=tuple(data["gradient_parameters"]),
+            gradient_dtype=data["gradient_dtype"],
+            normalization=data["normalization"],
+            fisher_shape=data["fisher_shape"],
+            options=data["options"],
+            provenance=data["provenance"],
+        )
+
+
+def _pieces(data: Any) -> int:
+    """Pieces of the partitions in a layout that are written as a count: a few bytes can declare millions."""
+    if isinstance(data, dict):
+        count = data.get("count")
+        return (count if type(count) is int else 0) + sum(map(_pieces, data.values()))
+    return sum(map(_pieces, data)) if isinstance(data, list) else 0
+
+
+_FIELDS: dict[str, type] = {
+    "fingerprint": dict,
+    "layout": dict,
+    "parameters": list,
+    "gradient_parameters": list,
+    "gradient_dtype": str,
+    "normalization": str,
+    "fisher_shape": str,
+    "options": dict,
+    "provenance": dict,
+}
+
+
+def encode_header(header: StoreHeader) -> bytes:
+    """The bytes of ``store.json``.
+
+    Raises:
+        TypeError: fingerprint, options or provenance hold something that JSON cannot.
+        ValueError: they hold NaN or infinity.
+    """
+    return (json.dumps(header.to_json(), indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def read_header(root: Path) -> tuple[StoreHeader, str]:
+    """Read and check ``store.json``.
+
+    Returns:
+        The header, and the sha256 of the file in hex.
+
+    Raises:
+        StoreFormatError: the directory is not a store, or one of another format version.
+        CorruptStoreError: ``store.json`` is damaged.
+    """
+    path = root / HEADER_FILE
+    try:
+        content = disk.read_inside(root, HEADER_FILE, limit=MAX_HEADER_BYTES)
+    except (FileNotFoundError, NotADirectoryError):
+        what = "has no store.json" if root.is_dir() else "is not a directory"
+        raise StoreFormatError(
+            f"{root} is not a fisherscope store: it {what}. A store is the directory that collect() wrote"
+        ) from None
+    try:
+        data = json.loads(content, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise CorruptStoreError(f"{path} is not valid JSON ({error}): restore it from a copy") from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise StoreFormatError(f"{path} does not describe a fisherscope store")
+    if data.get("format_version") != FORMAT_VERSION:
+        raise StoreFormatError(
+            f"{root} has format version {data.get('format_version')!r}, this fisherscope reads and writes "
+            f"version {FORMAT_VERSION}: use the fisherscope that wrote it, or collect again"
+        )
+    try:
+        header = StoreHeader.from_json(data)
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise CorruptStoreError(f"{path} is damaged: {error}. Restore it from a copy") from error
+    return header, hashlib.sha256(content).hexdigest()
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def check_identity(old: StoreHeader, new: StoreHeader, root: Path) -> None:
+    """Check that a run may add to a store.
+
+    Raises:
+        FingerprintError: fingerprints or what is stored differ; the message names every key that does.
+    """
+    before, after = _identity(old), _identity(new)
+    changes = [
+        f"{key}: {_short(before.get(key, '<absent>'))} in the store, {_short(after.get(key, '<absent>'))} now"
+        for key in sorted(before.keys() | after.keys())
+        if key not in before or key not in after or before[key] != after[key]
+    ]
+    if changes:
+        raise FingerprintError(
+            f"{root} was written by another run. It differs in\n  "
+            + "\n  ".join(changes)
+            + "\nUse the same model, data and options to resume it, or collect into another directory"
+        )
+
+
+def _identity(header: StoreHeader) -> dict[str, Any]:
+    data = json.loads(json.dumps(header.to_json(), allow_nan=False))
+    flat = dict(_flatten("", data["fingerprint"]))
+    for key in (
+        "layout",
+        "parameters",
+        "gradient_parameters",
+        "gradient_dtype",
+        "normalization",
+        "fisher_shape",
+    ):
+        # the header's own fields are compared too: they decide the shapes of the datasets
+        flat.setdefault(f"header.{key}", data[key])
+    return flat
+
+
+def _flatten(prefix: str, data: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in data.items():
+        if isinstance(value, dict) and value:
+            yield from _flatten(f"{prefix}{key}.", value)
+        else:
+            yield prefix + key, value
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

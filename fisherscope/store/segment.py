@@ -1,0 +1,284 @@
+"""Writing the samples of one segment, piece by piece as they are computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fisherscope.errors import StoreError
+from fisherscope.store.dtypes import stored_type, to_raw
+from fisherscope.store.gradient_plan import BlockDataset, WholeDataset
+from fisherscope.store.plan import SegmentPlan
+from fisherscope.store.shard import ShardFile
+
+CreateShard = Callable[[SegmentPlan], ShardFile]
+CommitShard = Callable[["SegmentWriter", ShardFile, int], None]
+
+
+class SegmentWriter:
+    """A segment of samples on its way to the disk; made by :meth:`StoreWriter.segment`.
+
+    Every piece goes to its place in the file at once: memory holds no more than the parts of one batch
+    of one block, until its weight and its bias are both there.
+
+    Attributes:
+        task: whose samples these are.
+        rows: row numbers in the order of the segment: piece ``start_row`` counts positions in this list.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        rows: tuple[int, ...],
+        plan: SegmentPlan,
+        create: CreateShard,
+        commit: CommitShard,
+    ) -> None:
+        self.task = task
+        self.rows = rows
+        self._plan = plan
+        self._create = create
+        self._commit = commit
+        self._written = {name: np.zeros(plan.n, dtype=bool) for name in plan.specs}
+        self._waiting: dict[tuple[str, int, int], tuple[Tensor, set[str]]] = {}
+        self._shard: ShardFile | None = create(plan)
+        try:
+            self.put("sample/row", 0, np.asarray(rows, dtype=np.int64))
+            for family, offsets in plan.offsets.items():
+                self._shard.write(f"{family}/offsets", to_raw(offsets, "int64"))
+                self._written[f"{family}/offsets"][:] = True
+        except BaseException:
+            self.abort()
+            raise
+
+    def put(self, dataset: str, start_row: int, array: Any) -> None:
+        """Write some rows of a dataset.
+
+        Args:
+            dataset: one of ``sample/*``, ``ids/*``, ``text/bytes``, ``groups/*``, ``parameters/*`` or
+                ``gradients/*``, in the shape that the segment stores.
+            start_row: position in the segment of the first row.
+            array: ``[b, ...]``; for a head-major dataset ``[heads, b, columns]``; for a ragged one the
+                rows' values one after the other, or a list with one array (or bytes) per row.
+
+        Raises:
+            KeyError: the segment has no such dataset.
+            ValueError: the array does not fit.
+            StoreFullError: the disk is full.
+        """
+        shard = self._open_shard()
+        if dataset not in self._plan.specs or dataset.endswith("/offsets"):
+            raise KeyError(
+                f"the segment has no dataset {dataset!r} to write: it has {sorted(self._plan.specs)}"
+            )
+        spec = self._plan.specs[dataset]
+        if dataset in self._plan.ragged:
+            self.put_ragged(dataset, start_row, array)
+            return
+        raw = to_raw(array, spec.dtype)
+        head_major = dataset.startswith("gradients/")
+        b = raw.shape[1] if head_major and raw.ndim > 1 else len(raw) if raw.ndim else 0
+        expected = (spec.shape[0], b, spec.shape[2]) if head_major else (b, *spec.shape[1:])
+        if raw.shape != expected or not 0 <= start_row <= self._plan.n - b:
+            raise ValueError(
+                f"{dataset!r} of {self._plan.n} rows has shape {spec.shape}: cannot put an array of shape "
+                f"{raw.shape} at row {start_row}"
+            )
+        if dataset == "sample/row" and not np.array_equal(raw, self.rows[start_row : start_row + b]):
+            raise ValueError("sample/row is given by the segment, and these are other rows")
+        if head_major:
+            self._write_heads(shard, dataset, start_row, raw)
+        else:
+            shard.write(dataset, raw, start_row * (raw.nbytes // max(b, 1)))
+        self._written[dataset][start_row : start_row + b] = True
+
+    def put_ragged(self, dataset: str, start_row: int, array: Any) -> None:
+        """Write some rows of a ragged dataset.
+
+        Args:
+            dataset: one of ``ids/input``, ``ids/labels``, ``text/bytes``.
+            start_row: position in the segment of the first row.
+            array: one array (or bytes) per row, or their values one after the other.
+
+        Raises:
+            KeyError: the segment has no such ragged dataset.
+            ValueError: the lengths are not those that the segment was opened with.
+            StoreFullError: the disk is full.
+        """
+        shard = self._open_shard()
+        if dataset not in self._plan.ragged:
+            raise KeyError(
+                f"the segment has no ragged dataset {dataset!r}: it has {sorted(self._plan.ragged)}"
+            )
+        spec, offsets = self._plan.specs[dataset], self._plan.offsets[self._plan.ragged[dataset]]
+        if not 0 <= start_row < self._plan.n:
+            raise ValueError(f"the segment has {self._plan.n} rows, there is no row {start_row}")
+        if isinstance(array, (list, tuple)) and array and not isinstance(array[0], (int, np.integer)):
+            pieces = [_flat(item, spec.dtype) for item in array]
+            stop_row = start_row + len(pieces)
+            given = np.cumsum([0, *map(len, pieces)]) + offsets[start_row]
+            fits = stop_row <= self._plan.n and np.array_equal(given, offsets[start_row : stop_row + 1])
+            raw = np.concatenate(pieces)
+        else:
+            raw = _flat(array, spec.dtype)
+            end = offsets[start_row] + len(raw)
+            stop_row = int(np.searchsorted(offsets, end, side="right")) - 1
+            fits = offsets[stop_row] == end
+        if not fits:
+            raise ValueError(
+                f"{dataset!r}: the values from row {start_row} do not have the lengths that the segment "
+                "was opened with"
+            )
+        shard.write(dataset, raw, int(offsets[start_row]) * raw.itemsize)
+        self._written[dataset][start_row:stop_row] = True
+
+    def put_gradient(self, parameter: str, start_row: int, gradients: Tensor) -> None:
+        """Write the gradients of some samples for one parameter.
+
+        Args:
+            parameter: one of the store's gradient parameters.
+            start_row: position in the segment of the first sample.
+            gradients: ``[b, *shape]``, signed, on any device; rounded to the store's type.
+
+        Raises:
+            KeyError: gradients of this parameter are not stored here.
+            ValueError: the tensor does not fit.
+            StoreFullError: the disk is full.
+        """
+        plan = self._plan.gradients
+        place = plan.places.get(parameter) if plan else None
+        if place is None:
+            raise KeyError(f"the segment stores no gradients of {parameter!r}")
+        shape = self._plan.header.layout.parameter(parameter).shape
+        b = len(gradients) if gradients.dim() else 0
+        if tuple(gradients.shape) != (b, *shape) or not 0 <= start_row <= self._plan.n - b:
+            raise ValueError(
+                f"{parameter!r} has shape {shape}, the segment {self._plan.n} rows: cannot put a tensor "
+                f"of shape {tuple(gradients.shape)} at row {start_row}"
+            )
+        if isinstance(place, WholeDataset):
+            self.put(place.name, start_row, gradients)
+            return
+        # rounding first halves what is cut and moved
+        rounded = gradients.detach().to(stored_type(self._plan.header.gradient_dtype).torch)
+        for dataset, piece in place:
+            cut = piece.partition.gather(rounded)
+            self._put_piece(dataset, piece.part, slice(piece.start, piece.stop), start_row, cut)
+
+    def _put_piece(
+        self, dataset: BlockDataset, part: str, columns: slice, start_row: int, values: Tensor
+    ) -> None:
+        """Write one part of a block; with several parts, once all of these rows are there."""
+        if len(dataset.pieces) == 1:
+            self.put(dataset.name, start_row, values)
+            return
+        b = values.shape[1]
+        key = (dataset.name, start_row, b)
+        if key not in self._waiting:
+            whole = torch.empty((dataset.heads, b, dataset.columns), dtype=values.dtype)
+            self._waiting[key] = (whole, set())
+        whole, there = self._waiting[key]
+        whole[..., columns].copy_(values)
+        there.add(part)
+        if len(there) == len(dataset.pieces):
+            del self._waiting[key]
+            self.put(dataset.name, start_row, whole)
+
+    def _write_heads(self, shard: ShardFile, dataset: str, start_row: int, raw: NDArray[Any]) -> None:
+        heads, b, columns = raw.shape
+        if b == self._plan.n:
+            shard.write(dataset, raw)
+            return
+        row_bytes = columns * raw.itemsize
+        for head in range(heads):
+            shard.write(dataset, raw[head], (head * self._plan.n + start_row) * row_bytes)
+
+    def commit(self, rows: int | None = None) -> None:
+        """Seal the segment and commit it: when this returns, the samples are in the store.
+
+        Args:
+            rows: commit only so many samples from the start and drop the others; all by default. With 0
+                nothing is committed.
+
+        Raises:
+            StoreError: a dataset lacks some of these rows; the segment stays open.
+            StoreFullError: the disk is full; the segment is lost, what was committed before stays.
+        """
+        shard = self._open_shard()
+        n = self._plan.n if rows is None else rows
+        if not 0 <= n <= self._plan.n:
+            raise ValueError(f"the segment has {self._plan.n} rows, cannot commit {n}")
+        if n == 0:
+            self.abort()
+            return
+        self._check_written(n)
+        self._shard = None
+        if n < self._plan.n:
+            try:
+                smaller = self._create(self._plan.first(n))
+                try:
+                    smaller.copy_from(shard)
+                except BaseException:
+                    smaller.discard()
+                    raise
+            finally:
+                shard.discard()
+            shard = smaller
+        self._waiting.clear()
+        self._commit(self, shard, n)
+
+    def _check_written(self, n: int) -> None:
+        for name, written in self._written.items():
+            if not written[:n].all():
+                missing = int(np.argmin(written[:n]))
+                waiting = [f"rows {k[1]}..{k[1] + k[2] - 1}" for k in self._waiting if k[0] == name]
+                hint = f" (only some parts of {', '.join(waiting)} came)" if waiting else ""
+                raise StoreError(
+                    f"segment of task {self.task!r}: {name!r} was not written for row {self.rows[missing]}"
+                    f", {int((~written[:n]).sum())} of {n} rows are missing{hint}: put them before commit()"
+                )
+
+    def abort(self) -> None:
+        """Give the segment up and remove its file; does nothing after a commit."""
+        shard, self._shard = self._shard, None
+        self._waiting.clear()
+        if shard is not None:
+            shard.discard()
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes written so far; 0 once the segment is closed."""
+        return 0 if self._shard is None else self._shard.bytes_written
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it was neither committed nor given up."""
+        return self._shard is not None
+
+    def _open_shard(self) -> ShardFile:
+        if self._shard is None:
+            raise StoreError(f"the segment of task {self.task!r} is closed: open another for further rows")
+        return self._shard
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abort()
+
+
+def _flat(values: Any, dtype: str) -> NDArray[Any]:
+    if isinstance(values, (bytes, bytearray)):
+        values = np.frombuffer(values, dtype=np.uint8)
+    raw = to_raw(values, dtype)
+    if raw.ndim != 1:
+        raise ValueError(f"ragged values must be one-dimensional, got shape {raw.shape}")
+    return raw

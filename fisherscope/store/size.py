@@ -1,0 +1,71 @@
+"""How many bytes a store will take, from what is to be stored."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from fisherscope.layout import GroupTable, ModelLayout
+from fisherscope.store.dtypes import gradient_dtype, stored_type
+from fisherscope.store.plan import GROUP_COLUMNS, RAGGED, SAMPLE_COLUMNS
+
+
+def bytes_per_sample(
+    layout: ModelLayout,
+    parameters: Iterable[str],
+    gradient_parameters: Iterable[str],
+    dtype: str = "bfloat16",
+    mean_tokens: float = 0.0,
+    mean_text_bytes: float = 0.0,
+) -> dict[str, float]:
+    """Bytes that one sample takes in segments, up to page padding and file metadata (below 1 % of a shard).
+
+    Args:
+        layout: of the model.
+        parameters: the instrumented ones.
+        gradient_parameters: those whose gradients are stored.
+        dtype: of stored gradients.
+        mean_tokens: ids per sample.
+        mean_text_bytes: bytes of text per sample; 0 where texts are not stored.
+
+    Returns:
+        ``samples`` (columns and offsets), ``tokens``, ``text``, ``groups``, ``gradients`` and ``total``.
+    """
+    groups = len(GroupTable.build(layout, parameters))
+    entries = sum(math.prod(layout.parameter(name).shape) for name in set(gradient_parameters))
+    offsets = stored_type("int64").itemsize * (1 + (mean_text_bytes > 0))
+    ids = sum(stored_type(kind).itemsize for kind in RAGGED["ids"].values())
+    parts = {
+        "samples": float(sum(stored_type(kind).itemsize for kind in SAMPLE_COLUMNS.values()) + offsets),
+        "tokens": float(ids * mean_tokens),
+        "text": float(mean_text_bytes),
+        "groups": float(len(GROUP_COLUMNS) * stored_type("float32").itemsize * groups),
+        "gradients": float(stored_type(gradient_dtype(dtype)).itemsize * entries),
+    }
+    return {**parts, "total": sum(parts.values())}
+
+
+def snapshot_bytes(
+    layout: ModelLayout,
+    parameters: Iterable[str],
+    *,
+    fisher_shape: str = "full",
+    labels: Sequence[str] = ("data",),
+    mean: bool = True,
+) -> dict[str, float]:
+    """Bytes of one snapshot of one task and rank.
+
+    While a snapshot is replaced both are on the disk: count one more than there are tasks.
+
+    Returns:
+        ``fisher`` (one array per label source), ``mean``, ``moments`` and ``total``.
+    """
+    chosen = set(parameters)
+    groups = len(GroupTable.build(layout, chosen))
+    entries = sum(math.prod(layout.parameter(name).shape) for name in chosen) * (fisher_shape == "full")
+    parts = {
+        "fisher": float(4 * entries * len(labels)),
+        "mean": float(4 * entries * mean),
+        "moments": float(16 * groups),
+    }
+    return {**parts, "total": sum(parts.values())}
