@@ -1,0 +1,84 @@
+"""The result of phase 6."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import xarray as xr
+from typing_extensions import override
+
+from fisherscope.analyses.result import Result
+from fisherscope.analyses.units import head_maps, slice_name
+
+MAPS = ["mean", "max", "fisher_min", "fisher_median", "fisher_max", "below_epsilon", "ridge"]
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class InterferenceResult(Result):
+    """Interference per ordered pair of tasks and head slice.
+
+    ``frame`` columns: task_a, task_b, stack, layer, block, head (kv head for K and V), ``mean`` and
+    ``max`` of M over the pairs of samples, ``fisher_min``, ``fisher_median``, ``fisher_max``,
+    ``below_epsilon``, ``ridge``, ``flat``. ``data`` holds the same (but ``flat``) with axes (task_a,
+    task_b, layer, block, head), NaN where a block has fewer heads. ``extra["pairs"]``: the
+    highest-scoring sample pairs of each ordered pair of tasks: task_a, task_b, sample_i, sample_j, stack,
+    layer, block, head, score, text_i, text_j (texts where stored). ``details["gqa"]`` maps query heads to
+    kv heads.
+    """
+
+    @override
+    def top(
+        self, k: int = 10, *, task_a: str | None = None, task_b: str | None = None, block: str | None = None
+    ) -> pd.DataFrame:
+        """The sample pairs with the highest scores over all slices."""
+        rows = self.extra["pairs"]
+        for column, wanted in (("task_a", task_a), ("task_b", task_b), ("block", block)):
+            if wanted is not None:
+                rows = rows[rows[column] == wanted]
+        return rows.sort_values("score", ascending=False, kind="stable").head(k).reset_index(drop=True)
+
+    def per_query_head(self) -> xr.Dataset:
+        """``data`` with query heads along ``head`` in every block.
+
+        The values of K and V are those of the kv head that each query head uses: they repeat, they are not
+        further measurements (``attrs["note"]`` says so).
+        """
+        users: dict[tuple[Any, ...], list[int]] = {}
+        for layer in self.details["gqa"]:
+            for query, kv in enumerate(layer["kv_head"]):
+                users.setdefault((layer["stack"], layer["layer"], kv), []).append(query)
+        shared = self.frame["block"].isin(["K", "V"])
+        own = [
+            users[row.stack, row.layer, row.head] if kv else [row.head]
+            for row, kv in zip(self.frame.itertuples(), shared, strict=True)
+        ]
+        repeated = self.frame.assign(head=pd.Series(own, dtype=object)).explode("head", ignore_index=True)
+        tasks = list(self.details["samples"])
+        data = head_maps(repeated.astype({"head": int}), MAPS, {"task_a": tasks, "task_b": tasks})
+        data.attrs["note"] = "K and V repeat the value of the kv head that each query head uses"
+        return data
+
+    @override
+    def summary(self) -> str:
+        lines = []
+        for (a, b), rows in self.frame.groupby(["task_a", "task_b"], sort=False):
+            blocks = rows.groupby("block", sort=False)["mean"].mean()
+            worst = rows.sort_values("mean", ascending=False, kind="stable").iloc[0]
+            if pd.isna(worst["mean"]):
+                lines.append(f"{a} on {b}: no pairs of samples.")
+                continue
+            overall = rows["mean"].mean()
+            line = f"{a} on {b}: highest mean score at {slice_name(worst)} ({worst['mean']:.3g}"
+            line += f", {worst['mean'] / overall:.1f} times the mean over all slices)" if overall > 0 else ")"
+            line += f"; among the blocks {blocks.idxmax()} scores highest."
+            if len(best := self.top(1, task_a=str(a), task_b=str(b))):
+                pair = best.iloc[0]
+                line += f" Highest pair: {pair['sample_i']} on {pair['sample_j']} at {slice_name(pair)}."
+            lines.append(line)
+        lines.append(
+            "Scores say where the second task moves what the first leans on, not whether that helps or "
+            "harms, and they grow with the second task's gradients: compare slices, not pairs of tasks."
+        )
+        return "\n".join(lines)

@@ -1,0 +1,188 @@
+"""Head slices of a store, one in memory at a time, and how they are whitened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fisherscope.analyses.normalization import factors
+from fisherscope.layout import AttentionLayout, Partition
+from fisherscope.layout.model import Part
+from fisherscope.store import ContributionStore
+
+# How many tensors of the size of what is read exist at the same time, at most, while working on it.
+_COPIES = 6
+
+
+class Damping(Protocol):
+    """The three options that damp a division by F."""
+
+    @property
+    def epsilon(self) -> float:
+        """Smallest denominator."""
+
+    @property
+    def ridge(self) -> float:
+        """Absolute damping."""
+
+    @property
+    def ridge_rel(self) -> float:
+        """Damping relative to the median F of a block."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One of Q, K, V, O of one layer whose sample gradients are stored."""
+
+    attention: AttentionLayout
+    name: str
+    part: Part
+    partition: Partition
+
+    @property
+    def key(self) -> dict[str, str | int]:
+        """Columns stack, layer, block."""
+        return {"stack": self.attention.stack, "layer": self.attention.layer, "block": self.name}
+
+    def __len__(self) -> int:
+        return len(self.partition)
+
+
+def stored_blocks(store: ContributionStore, part: Part = "weight") -> list[Block]:
+    """The blocks whose sample gradients the store holds, in model order."""
+    stored = set(store.gradient_parameters)
+    blocks = []
+    for attention, block in store.layout.head_blocks():
+        partition = block.part(part)
+        if partition is not None and partition.parameter in stored:
+            blocks.append(Block(attention, block.name, part, partition))
+    return blocks
+
+
+def find_block(store: ContributionStore, layer: int, block: str, part: Part, stack: str) -> Block:
+    """The block of that name.
+
+    Raises:
+        KeyError: no such layer or block, or its gradients are not stored.
+    """
+    for found in stored_blocks(store, part):
+        if (found.attention.layer, found.name, found.attention.stack) == (layer, block, stack):
+            return found
+    known = sorted({(b.attention.layer, b.name) for b in stored_blocks(store, part)})
+    raise KeyError(f"no gradients of {block} of layer {layer} ({part}, {stack}) in the store: it has {known}")
+
+
+def gqa_map(store: ContributionStore) -> list[dict[str, object]]:
+    """Per attention layer: its heads, and the kv head that each query head uses."""
+    return [
+        {
+            "stack": a.stack,
+            "layer": a.layer,
+            "n_heads": a.n_heads,
+            "n_kv_heads": a.n_kv_heads,
+            "kv_head": [a.kv_head(head) for head in range(a.n_heads)],
+        }
+        for a in store.layout.attention
+    ]
+
+
+class SliceReader:
+    """Reads gradients and F of head slices within a budget of memory.
+
+    Attributes:
+        source: where F comes from: "full" (the full-shape aggregate of the collection) or "gradients"
+            (the mean over the stored gradients of all samples).
+    """
+
+    def __init__(self, store: ContributionStore, memory_budget: int) -> None:
+        self.store = store
+        self.memory_budget = memory_budget
+        full = store.header.fisher_shape == "full" and {*store.gradient_parameters} <= {*store.parameters}
+        self.source = "full" if full else "gradients"
+        self._factors: dict[str, Tensor] = {}
+
+    def factors(self, task: str) -> Tensor:
+        """What makes h_i of g_i, per sample ``[n]``."""
+        if task not in self._factors:
+            tokens = self.store.samples(task)["tokens"].to_numpy()
+            values = factors(tokens, self.store.header.normalization)
+            self._factors[task] = torch.from_numpy(values).float()
+        return self._factors[task]
+
+    def rows(self, task: str, limit: int | None = None) -> int:
+        """Samples of a task, at most ``limit``."""
+        n = len(self.factors(task))
+        return n if limit is None else min(n, limit)
+
+    def chunks(self, block: Block, rows: int) -> list[slice]:
+        """Stretches of samples that fit the budget, for one slice of this block."""
+        step = max(1, self.memory_budget // (4 * _COPIES * block.partition.slice_size))
+        return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+    def gradients(self, task: str, block: Block, head: int, rows: slice) -> Tensor:
+        """Signed g of one slice ``[rows, size]``, float32."""
+        return self.store.slice(
+            task,
+            layer=block.attention.layer,
+            block=block.name,
+            head=head,
+            part=block.part,
+            stack=block.attention.stack,
+            samples=rows,
+        )
+
+    def normalised(self, task: str, block: Block, head: int, rows: slice) -> Tensor:
+        """Normalised h of one slice ``[rows, size]``, float32."""
+        return self.gradients(task, block, head, rows) * self.factors(task)[rows, None]
+
+    def fisher(self, task: str, block: Block) -> Tensor:
+        """F of all slices of a block over all samples of the task, ``[heads, size]``, float32."""
+        if self.source == "full":
+            full = self.store.fisher(task, block.partition.parameter)
+            return block.partition.gather(full[None])[:, 0]
+        rows = self.rows(task)
+        values = torch.zeros(len(block), block.partition.slice_size, dtype=torch.float64)
+        for head in range(len(block)):
+            for chunk in self.chunks(block, rows):
+                values[head] += self.normalised(task, block, head, chunk).square_().sum(0)
+        return (values / rows).float()
+
+
+class Loaded:
+    """g of one slice per task: read once where all samples fit the budget, else again at each call.
+
+    Attributes:
+        fits: whether one stretch per task holds all its samples, and it is read only once.
+    """
+
+    def __init__(self, reader: SliceReader, block: Block, head: int, rows: dict[str, int]) -> None:
+        self.reader, self.block, self.head = reader, block, head
+        self.chunks = {task: reader.chunks(block, n) for task, n in rows.items()}
+        self.fits = len(reader.chunks(block, sum(rows.values()))) == 1
+        self._kept: dict[str, Tensor] = {}
+
+    def __call__(self, task: str) -> Iterator[tuple[slice, Tensor]]:
+        """Stretches of samples with their signed g ``[rows, size]``; not to be changed in place."""
+        for rows in self.chunks[task]:
+            if task in self._kept:
+                yield rows, self._kept[task]
+                continue
+            values = self.reader.gradients(task, self.block, self.head, rows)
+            if self.fits:
+                self._kept[task] = values
+            yield rows, values
+
+
+def damping(fisher: Tensor, config: Damping) -> float:
+    """Damping lam of one block: ``max(epsilon, ridge, ridge_rel * median of F over the block)``.
+
+    Args:
+        fisher: F of the block, any shape.
+        config: holds epsilon, ridge, ridge_rel.
+    """
+    return max(config.epsilon, config.ridge, config.ridge_rel * float(np.median(fisher.numpy())))
