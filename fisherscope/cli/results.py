@@ -1,0 +1,123 @@
+"""Showing stores and reports on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from fisherscope.cli.console import complain, table
+from fisherscope.cli.guard import FAILED
+
+if TYPE_CHECKING:
+    from fisherscope.analyses import AnalyzeConfig, Outcome
+    from fisherscope.report import Report
+    from fisherscope.store import ContributionStore
+
+
+def show_store(store: ContributionStore) -> None:
+    """One line per task: samples, tokens, loss, truncation; a warning where samples were cut."""
+    rows: list[tuple[object, ...]] = []
+    for task in store.tasks:
+        samples = store.samples(task)
+        cut, lost = int((samples["truncated"] > 0).sum()), int(samples["truncated"].sum())
+        tokens = int(samples["tokens"].sum())
+        rows.append((task, len(samples), tokens, float(samples["loss"].sum()) / tokens, cut))
+        if cut:
+            complain(
+                "warning",
+                f"task {task!r}: {cut} of {len(samples)} samples were cut at --max-length; {lost} tokens "
+                "are gone",
+                color="yellow",
+            )
+    table(str(store.path), ["task", "samples", "loss-bearing tokens", "nats per token", "cut"], rows)
+
+
+def show_description(facts: dict[str, Any]) -> None:
+    """What :func:`fisherscope.store.inspect.describe` found: tasks, quantities, bytes, origin."""
+    tasks = facts["tasks"]
+    table(
+        facts["path"],
+        ["task", "samples", "sealed", "complete", "in F"],
+        [
+            (name, t["samples"], t["committed"], "yes" if t["complete"] else "no", t["aggregated"])
+            for name, t in tasks.items()
+        ],
+    )
+    layout, gradients = facts["layout"], facts["gradient_parameters"]
+    heads = f"heads {_list(layout['heads'])}, key/value heads {_list(layout['kv_heads'])}"
+    table(
+        "what is stored",
+        ["quantity", "extent"],
+        [
+            (
+                "model",
+                f"{facts['model_type']}, {layout['entries']:,} weights in {layout['parameters']} parameters",
+            ),
+            ("attention", f"{layout['attention_layers']} layers, {heads}"),
+            ("instrumented", f"{len(facts['parameters'])} parameters, {facts['groups']} groups"),
+            ("F", f"{facts['fisher_shape']}, normalization {facts['normalization']}"),
+            (
+                "gradients",
+                f"{facts['gradient_dtype']}, of {len(gradients)} parameters" if gradients else "none",
+            ),
+        ],
+    )
+    table(
+        "sizes",
+        ["kind", "bytes"],
+        [(kind, number) for kind, number in facts["bytes"].items() if number],
+    )
+    table("made by", ["what", "value"], [(key, str(value)) for key, value in facts["provenance"].items()])
+
+
+def _list(values: list[int]) -> str:
+    return ", ".join(map(str, values)) or "none"
+
+
+def show_report(report: Report) -> None:
+    """One row per analysis: what came of it, in words; and what to know before using the numbers."""
+    rows = [(name, *_status(outcome)) for name, outcome in report.outcomes.items()]
+    table("analyses", ["analysis", "status", "in words"], rows, lines=True)
+    notes = {note: name for name, result in report.items() for note in result.warnings}
+    for text, name in notes.items():
+        complain("warning", f"{name}: {text}", color="yellow")
+
+
+def analyze_and_save(
+    store: ContributionStore | Path,
+    out: Path,
+    analyses: Sequence[str] | None = None,
+    config: AnalyzeConfig | None = None,
+) -> None:
+    """Analyze a store, show what came of it, and write the report; its page is the last line printed.
+
+    Raises:
+        typer.BadParameter: no such analysis or task.
+        typer.Exit: with 1, because an analysis failed; the report is written all the same.
+    """
+    from fisherscope.report import analyze
+
+    try:
+        report = analyze(store, analyses, config)
+    except ValueError as error:  # what analyses raise is kept in the report: this is about the options
+        raise typer.BadParameter(str(error)) from error
+    report.save(out)
+    show_report(report)
+    if failed := list(report.failed):
+        complain("error", f"failed: {', '.join(failed)}; the report shows each error in its section")
+    typer.echo(str(out / "report.html"))
+    if failed:
+        raise typer.Exit(FAILED)
+
+
+def _status(outcome: Outcome) -> tuple[str, str]:
+    from fisherscope.analyses import Failed, Skipped
+
+    if isinstance(outcome, Failed):
+        return "failed", outcome.error
+    if isinstance(outcome, Skipped):
+        return "skipped", outcome.reason
+    return "ok", outcome.summary()
