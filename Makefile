@@ -1,0 +1,65 @@
+# `make demo` and `make test` need nothing but Python >= 3.11 and make.
+
+PYTHON ?= python3
+VENV ?= .venv
+EXTRAS ?= dev,docs
+ARGS ?=
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+# Nothing here needs the network once the environment is installed.
+export HF_HUB_OFFLINE := 1
+export TRANSFORMERS_OFFLINE := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# mkdocs-material announces the next major version of mkdocs on every build otherwise.
+export NO_MKDOCS_2_WARNING := 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo test test-slow check docs bench clean clean-env
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED)  ## the virtual environment, with everything to run, test and build the docs
+
+# Made again only when what it was made from has changed. Every install goes through the constraints.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "fisherscope needs Python >= 3.11, $(PYTHON) is $$($(PYTHON) --version 2>&1): make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) \
+	  || { echo "$(PYTHON) cannot make virtual environments (on Debian: apt-get install python3-venv)" >&2; exit 1; }
+	@echo "installing into $(VENV): a few minutes, about 2 GB"
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[$(EXTRAS)]'
+	@$(BIN)/python scripts/check_install.py
+	@touch $@
+
+demo: $(INSTALLED)  ## collect and analyse the embedded trained model; ends with the path of the report
+	@$(BIN)/fisherscope demo --out demo-run $(ARGS)
+
+test: $(INSTALLED)  ## the default test suite
+	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-slow: $(INSTALLED)  ## the tests that take minutes
+	@$(BIN)/python -m pytest -m slow $(ARGS)
+
+check: $(INSTALLED)  ## linters, types, documentation
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+# not with --quiet, which hides the warnings from --strict
+	$(BIN)/mkdocs build --strict
+
+docs: $(INSTALLED)  ## the documentation, served while you write
+	$(BIN)/mkdocs serve
+
+bench: $(INSTALLED)  ## collection against a plain forward+backward and against the loop over samples
+	$(BIN)/python benchmarks/collect.py $(ARGS)
+
+clean:  ## remove what was built; the environment stays
+	rm -rf build dist site demo-run .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage *.egg-info
+	find fisherscope tests scripts examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+clean-env:  ## remove the virtual environment
+	rm -rf $(VENV)

@@ -1,0 +1,84 @@
+"""The worked examples of the documentation run as they stand, and do what the page says."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+ARCHITECTURE = """
+assert len(scope.layout.attention) == 2
+"""
+
+LAYER_BEFORE = """
+import torch
+
+class Gain(torch.nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.randn(width))
+
+    def forward(self, x):
+        return self.gain * x
+"""
+
+LAYER_AFTER = """
+from fisherscope.instrument.rules import find_rule
+
+torch.manual_seed(0)
+layer, x, weight = Gain(5), torch.randn(3, 4, 5), torch.randn(3, 4, 5)
+rule = find_rule(layer)
+assert rule.handles == ("gain",)
+fast = rule.gradients(layer, x, weight, frozenset({"gain"}))["gain"].dense()
+for i in range(3):
+    (slow,) = torch.autograd.grad((layer(x[i]) * weight[i]).sum(), layer.gain)
+    torch.testing.assert_close(fast[i], slow)
+"""
+
+QUANTITY = """
+import sys
+from tests import models
+
+scope = fs.wrap(models.build(models.SETTINGS[0]))
+extensions = ("fisher", "sample_gradients", "gradient_norm")
+store = scope.collect({"a": models.rows(4)}, sys.argv[1], extensions=extensions, batch_size=2, quiet=True)
+parameter = store.gradient_parameters[0]
+found = store.aggregate("a", "gradient_norm/" + parameter)
+expected = store.gradients("a", parameter).flatten(1).norm(dim=1).sum()
+torch.testing.assert_close(found.float(), expected.reshape(1), rtol=1e-2, atol=0)
+"""
+
+ANALYSIS = """
+from fisherscope.analyses import run
+
+outcome = run(store, ["losses"])["losses"]
+assert outcome.frame["task"].tolist() == ["a"], outcome
+assert outcome.summary() == "1 tasks; the hardest is a."
+assert outcome.to_json()["tables"]["losses"]["total"] == 1
+"""
+
+
+def example(page, title):
+    """The python block under a heading of a page."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    section = re.split(rf"^#+ {title}\n", text, flags=re.MULTILINE)[1]
+    return re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+
+
+def test_worked_examples(tmp_path):
+    """An entry that is registered as the page shows takes part; in a process of its own."""
+    parts = [
+        example("adapters.md", "Support a new architecture"),
+        ARCHITECTURE,
+        LAYER_BEFORE,
+        example("architecture.md", "A layer type"),
+        LAYER_AFTER,
+        example("architecture.md", "A quantity"),
+        QUANTITY,
+        example("architecture.md", "An analysis"),
+        ANALYSIS,
+    ]
+    command = [sys.executable, "-W", "error", "-c", "\n".join(parts), str(tmp_path / "run.fs")]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
