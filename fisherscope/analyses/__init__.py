@@ -1,4 +1,4 @@
-"""Analyses of a store: the phases, their registry and their results. Nothing here needs a model."""
+"""Analyses of a store, their registry and their results. Nothing here needs a model."""
 
 from fisherscope.analyses import fisher, importance, masks, overlap, conflict, interference  # noqa: F401, I001 - order of runs
 from fisherscope.analyses.config import (

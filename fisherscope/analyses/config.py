@@ -40,7 +40,7 @@ def _tuples(owner: object, *names: str) -> None:
 
 @dataclass(frozen=True)
 class FisherConfig:
-    """Options of phase 1.
+    """Options of `fisher`.
 
     Attributes:
         confidence: level of both intervals.
@@ -66,7 +66,7 @@ class FisherConfig:
 
 @dataclass(frozen=True)
 class ImportanceConfig:
-    """Options of phase 2.
+    """Options of `importance`.
 
     Attributes:
         kinds: what is ranked, each kind on its own.
@@ -90,7 +90,7 @@ class ImportanceConfig:
 
 @dataclass(frozen=True)
 class MasksConfig:
-    """Options of phase 3.
+    """Options of `masks`.
 
     Attributes:
         sparsities: shares of units that a mask removes.
@@ -113,7 +113,7 @@ class MasksConfig:
 
 @dataclass(frozen=True)
 class OverlapConfig:
-    """Options of phase 4, which compares the masks of phase 3.
+    """Options of `overlap`, which compares the masks of the `masks` analysis.
 
     Attributes:
         low, high: the bands of the advice, as Jaccard indices.
@@ -139,7 +139,7 @@ class OverlapConfig:
 
 @dataclass(frozen=True)
 class ConflictConfig:
-    """Options of phase 5.
+    """Options of `conflict`.
 
     Attributes:
         min_effect_size: a pair is reported when its cosine lies at least this far below the mean cosine
@@ -166,7 +166,7 @@ class ConflictConfig:
 
 @dataclass(frozen=True)
 class InterferenceConfig:
-    """Options of phase 6.
+    """Options of `interference`.
 
     Attributes:
         aggregate: mean over the entries of a slice (slices of unlike size stay comparable) or their sum.

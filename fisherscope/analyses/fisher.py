@@ -1,4 +1,4 @@
-"""Phase 1: the Fisher information of every group, with its uncertainty."""
+"""The Fisher information of every group, with its uncertainty."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from fisherscope.analyses import bootstrap
 from fisherscope.analyses.config import FisherConfig
 from fisherscope.analyses.context import Context
 from fisherscope.analyses.groupvalues import group_chunks
-from fisherscope.analyses.normalization import NORMALIZATIONS
 from fisherscope.analyses.registry import register
 from fisherscope.analyses.result import Result
 from fisherscope.analyses.signal import group_signal
 from fisherscope.analyses.units import Units, head_maps, slice_name
 from fisherscope.linalg import Moments
+from fisherscope.linalg.normalization import NORMALIZATIONS
 from fisherscope.store import ContributionStore
 
 Array = NDArray[np.float64]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fisherscope.analyses.normalization import factors
+from fisherscope.linalg.normalization import factors
 from fisherscope.store import ContributionStore
 
 

@@ -1,4 +1,4 @@
-"""Phase 2: which heads and channels matter to which task, and how sure that is."""
+"""Which heads and channels matter to which task, and how sure that is."""
 
 from __future__ import annotations
 

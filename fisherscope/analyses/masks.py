@@ -1,4 +1,4 @@
-"""Phase 3: what to keep of a model at a stated sparsity."""
+"""What to keep of a model at a stated sparsity."""
 
 from __future__ import annotations
 

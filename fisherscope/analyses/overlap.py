@@ -1,4 +1,4 @@
-"""Phase 4: what two tasks both keep, against what chance alone would have them share."""
+"""What two tasks both keep, against what chance alone would have them share."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def overlap(_store: ContributionStore, config: OverlapConfig, context: Context) 
     """Shared structure of the masks of each pair of tasks, with its chance level and advice.
 
     Returns:
-        An :class:`OverlapResult` over the masks of phase 3.
+        An :class:`OverlapResult` over the masks of the `masks` analysis.
     """
     masks = cast(MasksResult, context.result("masks"))
     cells = pd.DataFrame(_cells(masks, context), columns=[*_KEYS, "stack", "layer", *_COUNTS])

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fisherscope.analyses.normalization import factors
 from fisherscope.layout import AttentionLayout, Partition
 from fisherscope.layout.model import Part
+from fisherscope.linalg.normalization import factors
 from fisherscope.store import ContributionStore
 
 # How many tensors of the size of what is read exist at the same time, at most, while working on it.

@@ -4,37 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
-import torch
 from torch import Tensor
 
 from fisherscope.instrument.batch import Batch
 from fisherscope.layout import Member
 from fisherscope.linalg import Dense, PerSampleGradient
-
-Normalization = Literal["per_token", "none", "mean"]
-
-
-def normalization_factors(tokens: Tensor, normalization: Normalization) -> Tensor:
-    """What each sample's gradient is multiplied with: h_i = factor_i g_i.
-
-    Args:
-        tokens: T_i, ``[n]``.
-        normalization: "per_token" 1/sqrt(T_i), "none" 1, "mean" 1/T_i.
-
-    Returns:
-        ``[n]`` float32.
-    """
-    counts = tokens.to(torch.float32)
-    match normalization:
-        case "per_token":
-            return counts.rsqrt()
-        case "none":
-            return torch.ones_like(counts)
-        case "mean":
-            return counts.reciprocal()
-    raise ValueError(f"normalization={normalization!r} is not one of 'per_token', 'none', 'mean'")
 
 
 @dataclass

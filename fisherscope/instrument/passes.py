@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from fisherscope.adapters.patterns import output_axis
 from fisherscope.instrument.batch import Batch
 from fisherscope.instrument.checks import check_losses
-from fisherscope.instrument.emission import Emission, Sinks, normalization_factors
+from fisherscope.instrument.emission import Emission, Sinks
 from fisherscope.instrument.extensions.base import Collector, Context
 from fisherscope.instrument.hooks import GradientTap
 from fisherscope.instrument.objectives import Objective
 from fisherscope.instrument.targets import Targets
 from fisherscope.layout import GroupTable
 from fisherscope.linalg import Dense, PerSampleGradient
+from fisherscope.linalg.normalization import factors
 from fisherscope.store import SegmentWriter
 
 
@@ -66,7 +67,7 @@ class BatchPass:
         """
         self._batch, self._collectors = batch, collectors
         self._segment, self._start = segment, start
-        self._factors = normalization_factors(batch.tokens, self._context.normalization)
+        self._factors = torch.from_numpy(factors(batch.tokens.cpu(), self._context.normalization)).float()
         self._emitted.clear()
         for collector in collectors:
             collector.begin(len(batch))

@@ -12,6 +12,7 @@ from typing import Any
 
 from fisherscope.errors import CorruptStoreError, FingerprintError, StoreFormatError
 from fisherscope.layout import GroupTable, ModelLayout
+from fisherscope.linalg.normalization import NORMALIZATIONS
 from fisherscope.store import disk
 from fisherscope.store.dtypes import gradient_dtype
 
@@ -23,7 +24,6 @@ SHARD_DIRECTORY = "shards"
 MAX_HEADER_BYTES = 256 << 20
 MAX_PIECES = 1 << 25
 
-NORMALIZATIONS = ("per_token", "none", "mean")
 FISHER_SHAPES = ("full", "groups")
 
 

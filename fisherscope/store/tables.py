@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from fisherscope.errors import CorruptStoreError, NotStoredError
 from fisherscope.linalg import Moments
+from fisherscope.linalg.normalization import factors
 from fisherscope.store.index import Chunk, TaskIndex
 from fisherscope.store.plan import SAMPLE_COLUMNS
 
@@ -118,9 +119,8 @@ def group_rows(
 
 def squared_factors(store: ContributionStore, index: TaskIndex) -> NDArray[np.float64]:
     """The factor by which C_i = h_i ** 2 differs from g_i ** 2, ``[n]``."""
-    tokens = np.maximum(column(store, index, "sample/tokens").astype(np.float64), 1.0)
-    powers = {"none": 0, "per_token": 1, "mean": 2}
-    return tokens ** -powers[store.header.normalization]
+    tokens = np.maximum(column(store, index, "sample/tokens"), 1)
+    return factors(tokens, store.header.normalization) ** 2
 
 
 def group_contributions(store: ContributionStore, index: TaskIndex) -> NDArray[np.float64]:

@@ -1,4 +1,4 @@
-"""Phase 5: natural-gradient cosines against naive computations."""
+"""Natural-gradient cosines against naive computations."""
 
 import numpy as np
 import pandas as pd

@@ -1,4 +1,4 @@
-"""Phase 1: values and intervals of the group Fisher."""
+"""Values and intervals of the group Fisher."""
 
 import numpy as np
 import pandas as pd

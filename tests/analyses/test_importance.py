@@ -1,4 +1,4 @@
-"""Phase 2: rankings and how sure they are."""
+"""Rankings and how sure they are."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Phase 6: interference against the naive double loop, and its identities."""
+"""Interference against the naive double loop, and its identities."""
 
 import numpy as np
 import pandas as pd

@@ -1,4 +1,4 @@
-"""Phase 3: what masks keep."""
+"""What masks keep."""
 
 import math
 

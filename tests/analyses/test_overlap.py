@@ -1,4 +1,4 @@
-"""Phase 4: overlap and what chance would give."""
+"""Overlap and what chance would give."""
 
 import numpy as np
 import pytest

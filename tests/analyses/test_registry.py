@@ -37,7 +37,7 @@ def registry():
 
 
 def test_built_in_order():
-    """The phases run in their order."""
+    """The built-in analyses run in a fixed order."""
     assert analyses.REGISTRY.names()[: len(BUILT_IN)] == BUILT_IN
 
 
@@ -85,7 +85,7 @@ def test_unknown_names_list_known_ones(made):
 
 
 def test_missing_data_is_skipped_with_what_to_collect(bare):
-    """Group values alone answer phases 1 to 4; the others say what to collect."""
+    """Group values alone answer four analyses; the others say what to collect."""
     outcomes = run(bare.store)
     for name in ("fisher", "importance", "masks", "overlap"):
         assert isinstance(outcomes[name], Result), outcomes[name]

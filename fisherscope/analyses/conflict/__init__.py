@@ -1,4 +1,4 @@
-"""Phase 5: how far samples of two tasks oppose each other, as plain natural-gradient cosines."""
+"""How far samples of two tasks oppose each other, as plain natural-gradient cosines."""
 
 from fisherscope.analyses.conflict.analysis import conflict
 from fisherscope.analyses.conflict.cosines import cosines, effect_size, whiten

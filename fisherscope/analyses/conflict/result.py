@@ -1,4 +1,4 @@
-"""The result of phase 5."""
+"""The result of the conflict analysis."""
 
 from __future__ import annotations
 

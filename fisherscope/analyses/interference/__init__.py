@@ -1,4 +1,4 @@
-"""Phase 6: where samples of one task stress the attention slices that another task's samples move."""
+"""Where samples of one task stress the attention slices that another task's samples move."""
 
 from fisherscope.analyses.interference.analysis import interference
 from fisherscope.analyses.interference.form import interference_matrix

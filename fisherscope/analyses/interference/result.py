@@ -1,4 +1,4 @@
-"""The result of phase 6."""
+"""The result of the interference analysis."""
 
 from __future__ import annotations
 

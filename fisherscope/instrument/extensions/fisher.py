@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from fisherscope.instrument.emission import Emission, Normalization, Sinks
+from fisherscope.instrument.emission import Emission, Sinks
 from fisherscope.instrument.extensions.base import Collector, Context, Extension
 from fisherscope.instrument.extensions.registry import register_extension
+from fisherscope.linalg.normalization import NORMALIZATIONS, Normalization
 from fisherscope.store import SegmentWriter
 
 
@@ -34,7 +35,7 @@ class Fisher(Extension):
     def __post_init__(self) -> None:
         if self.shape not in {"full", "groups"}:
             raise ValueError(f"Fisher(shape={self.shape!r}): use 'full' or 'groups'")
-        if self.normalization not in {"per_token", "none", "mean"}:
+        if self.normalization not in NORMALIZATIONS:
             raise ValueError(
                 f"Fisher(normalization={self.normalization!r}): use 'per_token', 'none' or 'mean'"
             )
