@@ -1,0 +1,169 @@
+"""What a report says about the run behind a store, as plain data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from fisherscope.analyses import ContributionStore
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Origin and extent of a store.
+
+    Attributes:
+        store_path: its directory.
+        store_bytes: size of its files.
+        model: name of the model, for a title.
+        model_type: its architecture.
+        layers: number of attention layers.
+        heads, kv_heads: the numbers of query and of key/value heads that occur.
+        tasks: one row per task: task, samples, expected, complete, tokens, loss, truncated, tokens_lost;
+            ``loss`` in nats per loss-bearing token.
+        has_text: whether texts are stored.
+        coverage: one row per kind of parameter: kind, parameters, instrumented, weights,
+            weights_instrumented, weights_with_gradients.
+        left_out: names of the parameters that are not instrumented.
+        normalization, fisher_shape, gradient_dtype: how F and gradients were collected.
+        fingerprint: short digest of the run's identity.
+        options, provenance: as the store has them.
+    """
+
+    store_path: Path
+    store_bytes: int
+    model: str
+    model_type: str
+    layers: int
+    heads: tuple[int, ...]
+    kv_heads: tuple[int, ...]
+    tasks: pd.DataFrame
+    has_text: bool
+    coverage: pd.DataFrame
+    left_out: tuple[str, ...]
+    normalization: str
+    fisher_shape: str
+    gradient_dtype: str | None
+    fingerprint: str
+    options: dict[str, Any]
+    provenance: dict[str, Any]
+
+    @property
+    def grouped_query(self) -> bool:
+        """Whether several query heads share a key/value head."""
+        return self.heads != self.kv_heads
+
+    @property
+    def share_instrumented(self) -> float:
+        """Share of the model's weights that are instrumented."""
+        total = int(self.coverage["weights"].sum())
+        return float(self.coverage["weights_instrumented"].sum() / total) if total else math.nan
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: the run as ``results.json`` describes it."""
+        return {
+            "store": {
+                "path": str(self.store_path),
+                "bytes": self.store_bytes,
+                "fingerprint": self.fingerprint,
+                "normalization": self.normalization,
+                "fisher_shape": self.fisher_shape,
+                "gradient_dtype": self.gradient_dtype,
+                "options": self.options,
+            },
+            "model": {
+                "name": self.model,
+                "model_type": self.model_type,
+                "layers": self.layers,
+                "heads": self.heads,
+                "kv_heads": self.kv_heads,
+            },
+            "tasks": self.tasks.to_dict("records"),
+            "coverage": {
+                "share_instrumented": self.share_instrumented,
+                "kinds": self.coverage.to_dict("records"),
+                "left_out": self.left_out,
+            },
+            "provenance": self.provenance,
+        }
+
+
+def facts_of(store: ContributionStore, tasks: tuple[str, ...] | None = None) -> Facts:
+    """Gather what a report says about a store.
+
+    Args:
+        store: an open store.
+        tasks: which tasks to speak of; None for all.
+    """
+    header, layout = store.header, store.layout
+    table, has_text = _tasks(store, list(tasks or store.tasks))
+    identity = json.dumps(header.fingerprint, sort_keys=True, default=str)
+    return Facts(
+        store_path=store.path,
+        store_bytes=sum(file.stat().st_size for file in store.path.rglob("*") if file.is_file()),
+        model=_model_name(header.provenance, layout.model_type),
+        model_type=layout.model_type,
+        layers=len(layout.attention),
+        heads=tuple(sorted({a.n_heads for a in layout.attention})),
+        kv_heads=tuple(sorted({a.n_kv_heads for a in layout.attention})),
+        tasks=table,
+        has_text=has_text,
+        coverage=_coverage(store),
+        left_out=tuple(p.name for p in layout.parameters if p.name not in set(store.parameters)),
+        normalization=header.normalization,
+        fisher_shape=header.fisher_shape,
+        gradient_dtype=header.gradient_dtype if header.gradient_parameters else None,
+        fingerprint=hashlib.sha256(identity.encode()).hexdigest()[:12],
+        options=dict(header.options),
+        provenance=dict(header.provenance),
+    )
+
+
+def _model_name(provenance: dict[str, Any], model_type: str) -> str:
+    """The last two parts of the model's name or path, else its class, else its architecture."""
+    parts = str(provenance.get("model_name") or "").replace("\\", "/").strip("/").split("/")
+    name = "/".join(parts[-2:])
+    return name or str(provenance.get("model_class") or model_type)
+
+
+def _tasks(store: ContributionStore, names: list[str]) -> tuple[pd.DataFrame, bool]:
+    rows, has_text = [], False
+    for task in names:
+        samples = store.samples(task)
+        tokens = int(samples["tokens"].sum())
+        has_text = has_text or "text" in samples
+        rows.append(
+            {
+                "task": task,
+                "samples": len(samples),
+                "expected": store.n(task),
+                "complete": store.is_complete(task),
+                "tokens": tokens,
+                "loss": float(samples["loss"].sum()) / tokens if tokens else None,
+                "truncated": int((samples["truncated"] > 0).sum()),
+                "tokens_lost": int(samples["truncated"].sum()),
+            }
+        )
+    return pd.DataFrame(rows), has_text
+
+
+def _coverage(store: ContributionStore) -> pd.DataFrame:
+    chosen, stored = set(store.parameters), set(store.gradient_parameters)
+    rows = pd.DataFrame(
+        {
+            "kind": info.kind,
+            "parameters": 1,
+            "instrumented": int(info.name in chosen),
+            "weights": math.prod(info.shape),
+            "weights_instrumented": math.prod(info.shape) * (info.name in chosen),
+            "weights_with_gradients": math.prod(info.shape) * (info.name in stored),
+        }
+        for info in store.layout.parameters
+    )
+    return rows.groupby("kind", sort=False).sum().reset_index()

@@ -1,0 +1,102 @@
+"""The page in headless Chromium: it draws, it runs nothing of the samples', it asks for nothing."""
+
+import os
+import shutil
+import time
+
+import pytest
+
+pytestmark = pytest.mark.browser
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """A browser. Absent in CI it is a failure, elsewhere the tests are skipped."""
+    from playwright.sync_api import sync_playwright
+
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if path is None:
+        if os.environ.get("CI", "").lower() in {"1", "true"}:
+            pytest.fail("no Chromium in CI: install it with `apt-get install chromium`")
+        pytest.skip("no Chromium on this machine")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+class Opened:
+    """A page that was opened: what it asked for, and what it complained about."""
+
+    def __init__(self, chromium, file, **options):
+        self.context = chromium.new_context(**options)
+        self.page = self.context.new_page()
+        self.requests, self.problems = [], []
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.on("console", lambda message: self.problems.append(message.text))
+        self.page.on("pageerror", lambda error: self.problems.append(str(error)))
+        self.page.goto(file.as_uri())
+        self.until("document.documentElement.dataset.drawn !== undefined")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.context.close()
+
+    def until(self, expression, seconds=60):
+        """Wait for an expression; playwright's own way needs eval, which the page's policy forbids."""
+        end = time.monotonic() + seconds
+        while not self.page.evaluate(expression):
+            assert time.monotonic() < end, expression
+            time.sleep(0.05)
+
+    def count(self, selector):
+        return self.page.locator(selector).count()
+
+
+def test_every_figure_draws_and_nothing_else_happens(chromium, saved):
+    """All figures are drawn, no script of a sample ran, the console is silent, one file was read."""
+    file = saved.directory / "report.html"
+    with Opened(chromium, file, viewport={"width": 1280, "height": 900}) as opened:
+        places = opened.count("[data-figure]")
+        assert places == 29
+        assert opened.count(".js-plotly-plot .main-svg:first-child") == places
+        drawn = "place => place.querySelector('.trace, .hm, .bars') !== null"
+        assert opened.page.locator(".plot").evaluate_all(f"all => all.every({drawn})")
+        opened.page.locator("details").evaluate_all("all => all.forEach(one => { one.open = true; })")
+        assert "window.pwned=1" in opened.page.locator("#summary, #analysis-conflict").all_inner_texts()[-1]
+        assert opened.page.evaluate("window.pwned === undefined")
+        assert opened.requests == [file.as_uri()]
+        assert opened.problems == []
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_fits_its_window(chromium, saved, width):
+    """Neither on a phone nor on a desk does the page scroll sideways; panels rearrange when it is narrow."""
+    file = saved.directory / "report.html"
+    with Opened(chromium, file, viewport={"width": width, "height": 800}) as opened:
+        assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
+        assert opened.problems == []
+
+
+def test_dark_pages_have_light_text_in_figures(chromium, saved):
+    """Figures follow the colour scheme, also when it changes while the page is open."""
+    file = saved.directory / "report.html"
+    ink = "getComputedStyle(document.querySelector('.plot .annotation-text')).fill"
+    with Opened(chromium, file, color_scheme="dark", viewport={"width": 1280, "height": 800}) as opened:
+        dark = opened.page.evaluate(ink)
+        opened.page.emulate_media(color_scheme="light")
+        opened.until(f"{ink} !== '{dark}'")
+        assert opened.problems == []
+
+
+def test_hover_names_the_slice(chromium, saved):
+    """Pointing at a cell says layer, block, head and value."""
+    with Opened(chromium, saved.directory / "report.html", viewport={"width": 1280, "height": 900}) as opened:
+        opened.page.locator("#analysis-fisher .plot").first.scroll_into_view_if_needed()
+        box = opened.page.locator("#analysis-fisher .plot .subplot.xy").first.bounding_box()
+        opened.page.mouse.move(box["x"] + 20, box["y"] + 20)
+        text = opened.page.locator(".hoverlayer .hovertext").first.text_content()
+        assert "layer 0, Q head 0" in text
+        assert "F " in text
