@@ -11,7 +11,6 @@ from fisherscope.analyses.importance import ImportanceResult
 from fisherscope.analyses.interference import InterferenceResult
 from fisherscope.analyses.overlap import OverlapResult
 from fisherscope.analyses.units import slice_name
-from fisherscope.report.figures.interference import drawn_column
 from fisherscope.report.markup import Html, esc, join, sample_text, tag
 from fisherscope.report.numbers import percent, short, signed
 
@@ -105,15 +104,15 @@ def _opposed(result: ConflictResult) -> Html:
 
 
 def _stress(result: InterferenceResult) -> Html:
-    column = drawn_column(result)
+    column = result.telling
     lines = []
     for (a, b), rows in result.frame.groupby(["task_a", "task_b"], sort=False):
         if rows[column].notna().any():
             best = rows.sort_values(column, ascending=False, kind="stable").iloc[0]
             place = join([_strong(slice_name(best)), f" (score {short(best[column])})"])
             lines.append((f"{a} on {b}", place))
-    which = "Highest" if column == "max" else "Mean"
-    return _listed(lines, f"{which} score of a head slice. Compare slices, not pairs of tasks.")
+    which = "Mean score" if column == "mean" else "Mean score of the first task's top 5% of samples"
+    return _listed(lines, f"{which} on a head slice. Compare slices, not pairs of tasks.")
 
 
 def _listed(lines: list[tuple[str, Html]], note: str = "") -> Html:

@@ -79,12 +79,14 @@ def test_biases_are_slices_of_their_own(made):
 
 
 def test_table_equals_the_matrices(made, result):
-    """Mean and maximum of every slice and ordered pair are those of its matrix; nothing is left out."""
+    """What is told of every slice and ordered pair is told of its matrix; nothing is left out."""
     assert len(result.frame) == 2 * 24
     for row in result.frame.to_dict("records"):
         place = {key: row[key] for key in ("layer", "block", "head")}
         scores = matrix(made.store, row["task_a"], row["task_b"], **place)
         np.testing.assert_allclose([row["mean"], row["max"]], [scores.mean(), scores.max()], rtol=1e-5)
+        strong = np.quantile(scores.mean("sample_b").values, 0.95)
+        np.testing.assert_allclose(row["sample_q95"], strong, rtol=1e-5)
         assert (
             float(result.data["mean"].sel(task_a=row["task_a"], task_b=row["task_b"], **place)) == row["mean"]
         )
@@ -281,5 +283,5 @@ def test_data_saves_and_loads(result, tmp_path):
 def test_summary_does_not_overclaim(result):
     """It names slices and pairs, and says what the score does not tell."""
     text = result.summary()
-    assert "math on code: highest mean score at L" in text
+    assert "math on code: the mean score of the top 5% of math's samples is highest at L" in text
     assert "not whether that helps or harms" in text

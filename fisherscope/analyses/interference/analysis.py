@@ -76,10 +76,10 @@ def _measure(
         for head in range(len(block)):
             loaded = Loaded(scorer.reader, block, head, scorer.rows)
             for (a, b), (fisher, lam) in denominators.items():
-                mean, highest = scorer.measure(loaded, a, b, fisher[head], lam, tops[a, b], len(places))
+                measured = scorer.measure(loaded, a, b, fisher[head], lam, tops[a, b], len(places))
                 health = Health.of(fisher[head], lam, config.epsilon)
                 place = {"task_a": a, "task_b": b, **block.key, "head": head}
-                rows.append({**place, "mean": mean, "max": highest, **asdict(health)})
+                rows.append({**place, **measured, **asdict(health)})
             places.append({**block.key, "head": head})
     return rows, tops, places
 

@@ -90,14 +90,28 @@ class PairScorer:
 
     def measure(
         self, loaded: Loaded, a: str, b: str, fisher: Tensor, lam: float, top: TopPairs, label: int
-    ) -> tuple[float, float]:
-        """Mean and maximum of M over the pairs; the best of them go to ``top``."""
-        total, count, highest = 0.0, 0, float("-inf")
+    ) -> dict[str, float]:
+        """``mean`` and ``max`` of M over the pairs, and ``sample_q95``; the best pairs go to ``top``.
+
+        ``sample_q95`` is the 95 % quantile, over the first task's samples, of a sample's mean score: how much
+        its most demanding samples lean on the slice. (The mean over all samples cannot tell: where F is the
+        first task's own, their contributions relative to F average to 1.)
+        """
+        n = self.rows[a]
+        totals, counts = torch.zeros(n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
+        highest = float("-inf")
         for rows, columns, scores in self.scores(loaded, a, b, fisher, lam):
             top.offer(scores.numpy(), label, first_row=rows.start, first_column=columns.start)
-            valid = scores[~scores.isnan()] if a == b else scores.reshape(-1)
-            if valid.numel():
-                total += float(valid.double().sum())
-                count += valid.numel()
-                highest = max(highest, float(valid.max()))
-        return (total / count, highest) if count else (float("nan"), float("nan"))
+            valid = ~scores.isnan()
+            totals[rows] += scores.nansum(1, dtype=torch.float64)
+            counts[rows] += valid.sum(1)
+            if bool(valid.any()):
+                highest = max(highest, float(scores[valid].max()))
+        if not float(counts.sum()):
+            return dict.fromkeys(("mean", "max", "sample_q95"), float("nan"))
+        samples = (totals / counts)[counts > 0]
+        return {
+            "mean": float(totals.sum() / counts.sum()),
+            "max": highest,
+            "sample_q95": float(samples.quantile(0.95)),
+        }

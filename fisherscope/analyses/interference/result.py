@@ -12,7 +12,7 @@ from typing_extensions import override
 from fisherscope.analyses.result import Result
 from fisherscope.analyses.units import head_maps, slice_name
 
-MAPS = ["mean", "max", "fisher_min", "fisher_median", "fisher_max", "below_epsilon", "ridge"]
+MAPS = ["mean", "sample_q95", "max", "fisher_min", "fisher_median", "fisher_max", "below_epsilon", "ridge"]
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -20,7 +20,8 @@ class InterferenceResult(Result):
     """Interference per ordered pair of tasks and head slice.
 
     ``frame`` columns: task_a, task_b, stack, layer, block, head (kv head for K and V), ``mean`` and
-    ``max`` of M over the pairs of samples, ``fisher_min``, ``fisher_median``, ``fisher_max``,
+    ``max`` of M over the pairs of samples, ``sample_q95`` (the 95 % quantile over task_a's samples of a
+    sample's mean score), ``fisher_min``, ``fisher_median``, ``fisher_max``,
     ``below_epsilon``, ``ridge``, ``flat``. ``data`` holds the same (but ``flat``) with axes (task_a,
     task_b, layer, block, head), NaN where a block has fewer heads. ``extra["pairs"]``: the
     highest-scoring sample pairs of each ordered pair of tasks: task_a, task_b, sample_i, sample_j, stack,
@@ -60,19 +61,30 @@ class InterferenceResult(Result):
         data.attrs["note"] = "K and V repeat the value of the kv head that each query head uses"
         return data
 
+    @property
+    def telling(self) -> str:
+        """The column that tells slices apart: "sample_q95" where F is the first task's, else "mean".
+
+        With the F of task A and all its samples, the mean of C_i / F over i is 1, so that the mean score is
+        the mean of ``|g_j|``: it says nothing about A.
+        """
+        return "sample_q95" if self.config["fisher_pool"] == "A" else "mean"
+
     @override
     def summary(self) -> str:
         lines = []
         for (a, b), rows in self.frame.groupby(["task_a", "task_b"], sort=False):
-            blocks = rows.groupby("block", sort=False)["mean"].mean()
-            worst = rows.sort_values("mean", ascending=False, kind="stable").iloc[0]
-            if pd.isna(worst["mean"]):
+            value = self.telling
+            worst = rows.sort_values(value, ascending=False, kind="stable").iloc[0]
+            if pd.isna(worst[value]):
                 lines.append(f"{a} on {b}: no pairs of samples.")
                 continue
-            overall = rows["mean"].mean()
-            line = f"{a} on {b}: highest mean score at {slice_name(worst)} ({worst['mean']:.3g}"
-            line += f", {worst['mean'] / overall:.1f} times the mean over all slices)" if overall > 0 else ")"
-            line += f"; among the blocks {blocks.idxmax()} scores highest."
+            what = "mean score" if value == "mean" else f"mean score of the top 5% of {a}'s samples"
+            line = f"{a} on {b}: the {what} is highest at {slice_name(worst)} ({worst[value]:.3g}"
+            overall = rows[value].mean()
+            line += (
+                f", {worst[value] / overall:.1f} times the mean over all slices)." if overall > 0 else ")."
+            )
             if len(best := self.top(1, task_a=str(a), task_b=str(b))):
                 pair = best.iloc[0]
                 line += f" Highest pair: {pair['sample_i']} on {pair['sample_j']} at {slice_name(pair)}."
