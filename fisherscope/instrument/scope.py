@@ -250,6 +250,7 @@ class Scope:
                 max_length=options.max_length,
                 max_samples=options.max_samples,
                 vocab_size=vocabulary,
+                max_positions=self._max_positions(),
             )
             if len(prepared_tasks[name]) == 1:
                 warnings.warn(
@@ -343,6 +344,16 @@ class Scope:
             for member, values in zip(members, norms, strict=True):
                 out[member.first : member.first + values.shape[1]] += values[0].double().cpu()
         return out
+
+    def _max_positions(self) -> int | None:
+        """How long a row may be, where positions are learned; None where they are computed."""
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        tokens = self.model.get_input_embeddings()  # type: ignore[operator]
+        learned = any(
+            isinstance(module, nn.Embedding) and module is not tokens and module.num_embeddings == limit
+            for module in self.model.modules()
+        )
+        return limit if learned else None
 
     def _pad_id(self) -> int:
         """Any id serves: pads are masked and bear no loss. A tokenizer without pad token is no problem."""

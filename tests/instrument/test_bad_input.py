@@ -71,6 +71,13 @@ def test_a_bad_line_of_a_jsonl_file(model: torch.nn.Module, out: Path, tmp_path:
         fs.wrap(model).collect({"a": file}, out, quiet=True)
 
 
+def test_a_row_longer_than_the_learned_positions(out: Path) -> None:
+    """GPT-2 has 64 positions here: the row is named, and nothing is run."""
+    gpt2 = models.build(models.SETTINGS[-1])
+    with pytest.raises(DataError, match=r"a_0.*64"):
+        fs.wrap(gpt2).collect({"a": [{"input_ids": [5] * 65}]}, out, quiet=True)
+
+
 def test_non_finite_weights(model: torch.nn.Module, out: Path) -> None:
     """The parameter is named."""
     with torch.no_grad():
