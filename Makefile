@@ -39,7 +39,7 @@ demo: $(INSTALLED)  ## collect and analyse the embedded trained model; ends with
 	@$(BIN)/fisherscope demo --out demo-run $(ARGS)
 
 test: $(INSTALLED)  ## the default test suite
-	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	@$(BIN)/python -m pytest $(ARGS)
 
 test-slow: $(INSTALLED)  ## the tests that take minutes
 	@$(BIN)/python -m pytest -m slow $(ARGS)

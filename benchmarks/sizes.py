@@ -1,4 +1,7 @@
-"""Memory and disk of a collection for models of known shape, from the byte model; no weights are needed.
+"""Memory, disk and compute of a collection for models of known shape; no weights are needed.
+
+Compute is that of a plain forward and backward pass, 6 x parameters x tokens; ``benchmarks/collect.py``
+measures which multiple of it a collection takes.
 
 python benchmarks/sizes.py [--samples 1000] [--tokens 128]
 """
@@ -70,9 +73,15 @@ def estimates(config: PretrainedConfig, samples: int, tokens: int) -> dict[str, 
     }
 
 
+def parameters(config: PretrainedConfig) -> int:
+    """Number of parameters."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+
+
 def show(size: int) -> str:
     """Bytes in a unit that fits."""
-    for unit, scale in (("GB", 10**9), ("MB", 10**6)):
+    for unit, scale in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6)):
         if size >= scale:
             return f"{size / scale:.3g} {unit}"
     return f"{size / 1000:.3g} kB"
@@ -85,12 +94,21 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     arguments = parser.parse_args()
     print(f"One task of {arguments.samples} samples of {arguments.tokens} tokens.\n")
-    print("| model | accumulators (memory) | group values | + full-shape Fisher | + attention gradients |")
-    print("|---|---|---|---|---|")
+    tokens = arguments.samples * arguments.tokens
+    columns = [
+        "accumulators (memory)",
+        "group values",
+        "+ full-shape Fisher",
+        "+ attention gradients",
+        "compute",
+    ]
+    print(f"| model | {' | '.join(columns)} |")
+    print("|---" * (len(columns) + 1) + "|")
     for name, config in shapes():
         found = estimates(config, arguments.samples, arguments.tokens)
         cells = [show(found["standard"].accumulator_bytes)]
         cells += [show(found[preset].disk_bytes) for preset in ("minimal", "standard", "full")]
+        cells.append(f"{6 * parameters(config) * tokens / 1e15:.2g} PFLOP")
         print(f"| {name} | {' | '.join(cells)} |")
 
 

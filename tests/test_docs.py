@@ -24,13 +24,13 @@ class Gain(torch.nn.Module):
 """
 
 LAYER_AFTER = """
-from fisherscope.instrument.rules import find_rule
+from fisherscope.instrument.rules import LayerCall, find_rule
 
 torch.manual_seed(0)
 layer, x, weight = Gain(5), torch.randn(3, 4, 5), torch.randn(3, 4, 5)
 rule = find_rule(layer)
 assert rule.handles == ("gain",)
-fast = rule.gradients(layer, x, weight, frozenset({"gain"}))["gain"].dense()
+fast = rule.gradients(layer, LayerCall(x, weight), frozenset({"gain"}))["gain"].dense()
 for i in range(3):
     (slow,) = torch.autograd.grad((layer(x[i]) * weight[i]).sum(), layer.gain)
     torch.testing.assert_close(fast[i], slow)

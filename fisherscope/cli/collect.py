@@ -140,7 +140,6 @@ def collect(
     resume: Annotated[
         bool, typer.Option(help="Go on with a store of the same run.", rich_help_panel=RUN)
     ] = True,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of everything random.", rich_help_panel=RUN)] = 0,
     report: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Also analyze, and write the report there.", rich_help_panel=RUN),
@@ -198,7 +197,6 @@ def collect(
         durability=durability.value,
         deterministic=deterministic,
         resume=resume,
-        seed=seed,
         quiet=quiet,
     )
     show_store(store)

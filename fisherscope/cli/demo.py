@@ -37,8 +37,10 @@ def demo(
 
     if not quiet:
         note(f"collecting the demo model into {out / 'run.fs'}")
-    model = str(model_path())
-    scope = wrap(load_model(model, device="cpu"), load_tokenizer(model))
+    path = str(model_path())
+    model = load_model(path, device="cpu")
+    model.config.name_or_path = "fisherscope demo model"  # reports name it, and not where it is installed
+    scope = wrap(model, load_tokenizer(path))
     tasks = {name: read_jsonl(file) for name, file in task_files().items()}
     out.mkdir(parents=True, exist_ok=True)
     store = scope.collect(tasks, out / "run.fs", quiet=quiet)

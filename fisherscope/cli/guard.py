@@ -40,7 +40,10 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
                 _show(stop, "interrupted", debug=debug)
                 raise typer.Exit(128 + stop.signal) from None
             except KeyboardInterrupt:
-                complain("interrupted", "what was sealed before is kept; the same command goes on from there")
+                complain(
+                    "interrupted",
+                    "stopped at once; a store keeps what was sealed, and the same command goes on",
+                )
                 raise typer.Exit(128 + signal.SIGINT) from None
             except (FisherscopeError, OSError, RuntimeError) as error:
                 if not _is_expected(error):

@@ -47,6 +47,11 @@ class Batch:
         return f"{self.task}_{self.rows[index]}"
 
 
+def auto_positions(device: torch.device) -> int:
+    """Padded positions per batch where the batch size is "auto"."""
+    return _AUTO_POSITIONS.get(device.type, _AUTO_POSITIONS_ACCELERATOR)
+
+
 def plan_batches(
     lengths: Sequence[int], batch_size: BatchSize, device: torch.device
 ) -> list[tuple[int, ...]]:
@@ -63,9 +68,7 @@ def plan_batches(
     Returns:
         Row numbers of each batch.
     """
-    if batch_size != "auto" and batch_size < 1:
-        raise ValueError(f"batch_size must be a positive number or 'auto', got {batch_size}")
-    budget = _AUTO_POSITIONS.get(device.type, _AUTO_POSITIONS_ACCELERATOR)
+    budget = auto_positions(device)
     order = sorted(range(len(lengths)), key=lambda row: (lengths[row], row))
     batches: list[list[int]] = []
     for row in order:

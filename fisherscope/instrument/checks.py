@@ -15,6 +15,7 @@ from fisherscope.instrument.objectives import Objective
 
 _TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-6}
 _TOLERANCE_LOW_PRECISION = 1e-1
+_FLOOR = 1e-2  # of the largest group: below it, rounding may be a large part of a value
 
 
 def check_losses(losses: Tensor, model: nn.Module, objective: Objective, batch: Batch) -> None:
@@ -34,7 +35,8 @@ def check_losses(losses: Tensor, model: nn.Module, objective: Objective, batch: 
         where = _first_non_finite_module(model, objective, batch)
         names = ", ".join(batch.sample_id(i) for i in bad[:5])
         raise NonFiniteError(
-            f"the loss of {names} is not finite; the first module with a non-finite output is {where}"
+            f"the loss of {names} is not finite; the first module with a non-finite output is "
+            f"{where}; leave these samples out, or load the model in a dtype with a larger range"
         )
 
 
@@ -70,8 +72,9 @@ def check_independence(alone: Tensor, together: Tensor, sample: str, dtype: torc
         CoupledSamplesError: the values differ by more than rounding.
     """
     tolerance = _TOLERANCE.get(dtype, _TOLERANCE_LOW_PRECISION)
-    scale = torch.maximum(alone.abs().max(), together.abs().max()).clamp_min(torch.finfo(alone.dtype).tiny)
-    difference = float((alone - together).abs().max() / scale)
+    larger = torch.maximum(alone, together)
+    floor = _FLOOR * larger.max() + torch.finfo(alone.dtype).tiny
+    difference = float(((alone - together).abs() / (larger + floor)).max())
     if difference > tolerance:
         raise CoupledSamplesError(
             f"the gradient of {sample} changes by {difference:.1%} with the other samples of its batch: "

@@ -9,11 +9,12 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 
-from fisherscope.errors import Interrupted
+from fisherscope.errors import Interrupted, StoreError
 from fisherscope.instrument.batch import Batch, make_batch
 from fisherscope.instrument.checks import check_independence, check_rows
 from fisherscope.instrument.data import Sample
@@ -67,7 +68,7 @@ class Collection:
     extensions: Sequence[Extension]
     writer: StoreWriter
     pad_id: int
-    pad_side: str
+    pad_side: Literal["left", "right"]
     store_text: bool
     row_bytes: int
     stop: StopRequest
@@ -87,6 +88,12 @@ class Collection:
         self._check_independence(plans)
         for plan in plans:
             self._run_task(plan)
+        if self.stop.signal is not None:
+            raise Interrupted(
+                f"stopped by {signal.Signals(self.stop.signal).name} after the last batch: "
+                f"{self.writer.path} is complete, there is nothing to resume",
+                self.stop.signal,
+            )
 
     def _run_task(self, plan: TaskPlan) -> None:
         committed = self.writer.committed_rows(plan.name)
@@ -108,6 +115,12 @@ class Collection:
             self._stop_if_asked(plan, collectors, done)
         if pending:
             self._snapshot(plan, collectors, done)
+        if missing := set(range(len(plan.samples))) - self.writer.committed_rows(plan.name):
+            raise StoreError(
+                f"{len(missing)} samples of task {plan.name!r} are not in {self.writer.path} after the last "
+                f"batch ({plan.name}_{min(missing)} is the first): the store was begun with another plan of "
+                "batches; collect into a new directory"
+            )
         self.writer.complete(plan.name)
 
     def _collectors(self, plan: TaskPlan) -> tuple[list[Collector], set[int]]:
@@ -196,7 +209,7 @@ class Collection:
             rows,
             plan.samples,
             pad_id=self.pad_id,
-            side="left" if self.pad_side == "left" else "right",
+            side=self.pad_side,
             device=self.context.device,
         )
 
@@ -227,17 +240,28 @@ class Collection:
         )
 
     def _check_independence(self, plans: Sequence[TaskPlan]) -> None:
-        """Once, on the first batch: its shortest sample gives the same gradient without the longest."""
-        for plan in plans:
-            for batch in plan.batches:
-                if len(batch) > 1 and not self.writer.committed_rows(plan.name):
-                    rows = (batch[0], batch[-1])
-                    values = GroupValues(self.context)
-                    self.batch_pass.run(self._batch(plan, rows), [values])
-                    together = values.square[0].clone()
-                    self.batch_pass.run(self._batch(plan, rows[:1]), [values])
-                    check_independence(values.square[0], together, f"{plan.name}_{rows[0]}", self.model_dtype)
-                    return
+        """Once: a sample has the same gradient alone and padded to the length of a longer one."""
+        batches = [
+            (plan, batch)
+            for plan in plans
+            for batch in plan.batches
+            if len(batch) > 1 and not self.writer.committed_rows(plan.name)
+        ]
+        if not batches:
+            return
+        # padding is what couples samples most often: take the planned batch with the most of it
+        plan, batch = max(batches, key=lambda b: _spread(*b))
+        rows = (batch[0], batch[-1])
+        values = GroupValues(self.context)
+        self.batch_pass.run(self._batch(plan, rows), [values])
+        together = values.square[0].clone()
+        self.batch_pass.run(self._batch(plan, rows[:1]), [values])
+        check_independence(values.square[0], together, f"{plan.name}_{rows[0]}", self.model_dtype)
+
+
+def _spread(plan: TaskPlan, batch: Sequence[int]) -> int:
+    """Padding of the batch's shortest sample; batches are sorted by length."""
+    return plan.samples[batch[-1]].length - plan.samples[batch[0]].length
 
 
 def resume_command() -> str:

@@ -171,7 +171,7 @@ def prepared(model: nn.Module) -> Iterator[None]:
         model.eval()
         for parameter, _ in frozen:
             parameter.requires_grad_(False)
-        with torch.enable_grad():
+        with torch.inference_mode(mode=False), torch.enable_grad():
             yield
     finally:
         handle.remove()

@@ -38,7 +38,7 @@ class CollectOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be a positive number or None, got {value}")
-        if self.batch_size != "auto" and (not isinstance(self.batch_size, int) or self.batch_size < 1):
+        if self.batch_size != "auto" and (type(self.batch_size) is not int or self.batch_size < 1):
             raise ValueError(f"batch_size must be a positive number or 'auto', got {self.batch_size!r}")
         if self.compute_dtype not in {"float32", "float64", "bfloat16"}:
             raise ValueError(
@@ -79,5 +79,7 @@ class CollectOptions:
             "batch_size": self.batch_size,
             "compute_dtype": self.compute_dtype,
             "store_text": self.store_text,
-            "seed": self.seed,
+            "deterministic": self.deterministic,
+            # only an objective of the user's own can be random
+            "seed": self.seed if callable(self.objective) else None,
         }

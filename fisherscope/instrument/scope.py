@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 import torch
@@ -17,7 +17,7 @@ from torch import nn
 
 from fisherscope.adapters import resolve
 from fisherscope.errors import AdapterError, DataError, StoreFullError
-from fisherscope.instrument.batch import plan_batches
+from fisherscope.instrument.batch import auto_positions, plan_batches
 from fisherscope.instrument.collection import Collection, TaskPlan
 from fisherscope.instrument.data import Sample, prepare_task, read_jsonl
 from fisherscope.instrument.estimate import Estimate, estimate_bytes
@@ -204,15 +204,16 @@ class Scope:
         objective_name, function = resolve_objective(options.objective)
         header = self._header(options, objective_name)
         estimate = self._estimate(samples, options)
-        if not path.exists():
-            _refuse_if_disk_is_small(estimate, path)
-        with ExitStack() as stack:
+        _refuse_if_disk_is_small(estimate, path)
+        with _nothing_half_written(path), ExitStack() as stack:
             writer = stack.enter_context(
                 StoreWriter.open(path, header, durability=options.durability, resume=options.resume)
             )
             stop = stack.enter_context(stop_on_signals())
             stack.enter_context(_random_state(options.seed, deterministic=options.deterministic))
             stack.enter_context(prepared(self.model))
+            if not options.quiet:
+                sys.stderr.write(f"collect: {estimate}\n")
             bar = stack.enter_context(progress(sum(map(len, samples.values())), quiet=options.quiet))
             context = self._context(options, header)
             writer.constants({"groups/theta_square": self._theta_square(context.groups)})
@@ -222,7 +223,7 @@ class Scope:
                 extensions=options.resolved,
                 writer=writer,
                 pad_id=self._pad_id(),
-                pad_side=getattr(self.tokenizer, "padding_side", "right"),
+                pad_side=self._pad_side(),
                 store_text=options.store_text,
                 row_bytes=estimate.bytes_per_sample,
                 stop=stop,
@@ -289,6 +290,10 @@ class Scope:
             "tokenizer": tokenizer_digest(self.tokenizer),
             "objective": objective_name,
             "parameters": digest(self.parameters),
+            "device": self._device_and_dtype()[0].type,
+            "pad_side": self._pad_side(),
+            # the plan of batches follows from this, the batch size and the samples
+            "batch_positions": auto_positions(self._device_and_dtype()[0]),
             **options.identity(),
         }
         return StoreHeader(
@@ -363,19 +368,39 @@ class Scope:
                 return pad
         return 0
 
+    def _pad_side(self) -> Literal["left", "right"]:
+        return "left" if getattr(self.tokenizer, "padding_side", "right") == "left" else "right"
+
     def _device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
         weight = self.model.get_input_embeddings().weight  # type: ignore[operator]
         return weight.device, weight.dtype
 
 
+@contextmanager
+def _nothing_half_written(path: Path) -> Iterator[None]:
+    """Take away a store that this call began and that fails before it has committed a sample."""
+    is_new = not path.exists()
+    try:
+        yield
+    except Exception:
+        if (
+            is_new
+            and path.is_dir()
+            and not any(open_store(path).committed(t) for t in open_store(path).tasks)
+        ):
+            shutil.rmtree(path)
+        raise
+
+
 def _refuse_if_disk_is_small(estimate: Estimate, path: Path) -> None:
-    parent = path.absolute().parent
+    parent = path.absolute()
     while not parent.exists():
         parent = parent.parent
-    free = shutil.disk_usage(parent).free
-    if estimate.disk_bytes > free:
+    there = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else 0
+    needed, free = estimate.disk_bytes - there, shutil.disk_usage(parent).free
+    if needed > free:
         raise StoreFullError(
-            f"{path} would take {estimate.disk_bytes:,} bytes and {free:,} are free. Cheaper: leave out "
+            f"{path} would take {needed:,} bytes more and {free:,} are free. Cheaper: leave out "
             '"sample_gradients" (group values stay), store fewer with SampleGradients(parameters=[...]), '
             'use Fisher(shape="groups"), or max_samples'
         )

@@ -144,5 +144,5 @@ def _check(coverage: pd.DataFrame, choice: ParameterChoice) -> None:
         warnings.warn(
             f"{len(lost)} of {len(selected)} chosen parameters are not instrumented ({reasons}); "
             "scope.coverage() lists them",
-            stacklevel=4,
+            stacklevel=5,
         )

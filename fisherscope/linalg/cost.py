@@ -1,4 +1,4 @@
-"""Which of two exact routes is cheaper: a model of the work, kept honest by ``benchmarks/norms.py``."""
+"""Which of two exact routes is cheaper; ``benchmarks/norms.py`` measures whether it chooses well."""
 
 from __future__ import annotations
 

@@ -177,9 +177,9 @@ class Factored(PerSampleGradient):
         left, right = _wide(self.left), _wide(self.right)
         theta = theta.to(left.dtype)
         if axis == 0:
-            image = right @ theta.T if self._right_image is None else self._right_image
+            image = right @ theta.T if self._right_image is None else _wide(self._right_image)
             return _dot_over_positions(left, image)
-        image = left @ theta if self._left_image is None else self._left_image
+        image = left @ theta if self._left_image is None else _wide(self._left_image)
         return _dot_over_positions(right, image)
 
     @override

@@ -69,7 +69,7 @@ class Facts:
         """Plain data: the run as ``results.json`` describes it."""
         return {
             "store": {
-                "path": str(self.store_path),
+                "name": self.store_path.name,
                 "bytes": self.store_bytes,
                 "fingerprint": self.fingerprint,
                 "normalization": self.normalization,

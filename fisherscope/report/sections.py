@@ -80,11 +80,11 @@ def run_section(facts: Facts) -> Section:
     gradients, name = facts.gradient_dtype, made.get("model_class") or facts.model_type
     packages = [f"{k} {made[k]}" for k in ("fisherscope", "torch", "transformers", "python") if k in made]
     rows: list[tuple[str, object]] = [
-        ("model", made.get("model_name") or facts.model),
+        ("model", facts.model),
         ("architecture", f"{name}: {facts.layers} attention layers, {heads}"),
         ("parameters", short(int(facts.coverage["weights"].sum()))),
         ("dtype and device", f"{made.get('model_dtype', 'unknown')} on {made.get('device', 'unknown')}"),
-        ("store", tag("code", facts.store_path)),
+        ("store", tag("code", facts.store_path.name)),
         ("size of the store", size(facts.store_bytes)),
         ("gradients stored", f"signed, {gradients}" if gradients else "none"),
         ("Fisher information", f"{facts.fisher_shape}, normalization {facts.normalization}"),

@@ -115,8 +115,7 @@ def _what_to_collect(store: ContributionStore, name: str) -> str:
     if name.startswith("fisher/"):
         labels = name.split("/")[1]
         return (
-            f"{store.path} holds no Fisher for labels={labels!r}: collect again with "
-            f"Fisher(labels={labels!r})"
+            f"{store.path} holds no Fisher for labels={labels!r}: only that of the data's labels is collected"
         )
     return f"{store.path} holds no aggregate {name!r}: collect again with the extension that emits it"
 

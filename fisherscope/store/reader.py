@@ -102,7 +102,7 @@ class ContributionStore:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """Versions, model name and command line of the run that began the store."""
+        """Versions, model name, dtype and device of the run that began the store."""
         return self.header.provenance
 
     @property

@@ -71,7 +71,6 @@ def test_options_reach_the_collection(model_dir, tasks, tmp_path, run):
         "--dtype": "float32",
         "--compute-dtype": "float64",
         "--batch-size": 3,
-        "--seed": 7,
         "--attn": "eager",
         "--parameters": "attention",
         "--gradient-parameters": "*.q_proj.weight",
@@ -88,7 +87,6 @@ def test_options_reach_the_collection(model_dir, tasks, tmp_path, run):
     assert header.options["max_length"] == 9
     assert header.options["batch_size"] == 3
     assert header.options["compute_dtype"] == "float64"
-    assert header.options["seed"] == 7
     assert header.options["store_text"] is False
     assert (header.fisher_shape, header.normalization) == ("groups", "mean")
     assert header.gradient_dtype == "float32"

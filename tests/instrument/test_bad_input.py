@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from fisherscope.errors import (
     CoupledSamplesError,
     CoverageError,
     DataError,
+    FingerprintError,
     FisherscopeError,
     NonFiniteError,
     StoreFormatError,
@@ -28,6 +30,25 @@ from fisherscope.instrument.objectives import causal_lm
 from tests import models
 
 SETTING = next(s for s in models.SETTINGS if s.name == "qwen2")
+
+
+class LeftPadding:
+    """The least that a collection needs to know of a tokenizer that pads on the left."""
+
+    padding_side = "left"
+    pad_token_id = 0
+    eos_token_id = 2
+    chat_template = None
+
+    @property
+    def special_tokens_map(self) -> dict[str, str]:
+        return {}
+
+    def get_vocab(self) -> dict[str, int]:
+        return {}
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        return " ".join(map(str, ids))
 
 
 @pytest.fixture
@@ -86,7 +107,7 @@ def test_non_finite_weights(model: torch.nn.Module, out: Path) -> None:
         fs.wrap(model).collect({"a": models.rows(3)}, out, quiet=True)
 
 
-def test_non_finite_loss_names_sample_and_layer(model: torch.nn.Module, tmp_path: Path) -> None:
+def test_non_finite_loss_names_sample_and_layer(model: torch.nn.Module, out: Path) -> None:
     """A token whose embedding overflows the model is traced to its sample and to the first bad module."""
     with torch.no_grad():
         model.model.embed_tokens.weight[7] = 3e38
@@ -96,7 +117,7 @@ def test_non_finite_loss_names_sample_and_layer(model: torch.nn.Module, tmp_path
         model.model.layers[0].input_layernorm.weight.fill_(1.0)
     rows = [*good, {"input_ids": [3, 7, 5, 6]}]
     with pytest.raises(NonFiniteError, match=r"a_1.*model\.layers\.0"):
-        fs.wrap(model).collect({"a": rows}, tmp_path / "run.fs", quiet=True)
+        fs.wrap(model).collect({"a": rows}, out, quiet=True)
 
 
 def test_a_single_sample_warns(model: torch.nn.Module, tmp_path: Path) -> None:
@@ -178,17 +199,17 @@ def test_extension_options_are_validated() -> None:
         fs.SampleGradients(parameters="heads")
 
 
-def test_an_objective_that_averages_over_the_batch(model: torch.nn.Module, tmp_path: Path) -> None:
+def test_an_objective_that_averages_over_the_batch(model: torch.nn.Module, out: Path) -> None:
     """One loss per sample is asked for."""
 
     def mean_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         return causal_lm(model, batch).mean()
 
     with pytest.raises(FisherscopeError, match="one loss per sample"):
-        fs.wrap(model).collect({"a": models.rows(3)}, tmp_path / "run.fs", objective=mean_loss, quiet=True)
+        fs.wrap(model).collect({"a": models.rows(3)}, out, objective=mean_loss, quiet=True)
 
 
-def test_samples_that_influence_each_other(model: torch.nn.Module, tmp_path: Path) -> None:
+def test_samples_that_influence_each_other(model: torch.nn.Module, out: Path) -> None:
     """A loss that couples the samples of a batch is found and refused."""
 
     def coupled(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
@@ -196,7 +217,7 @@ def test_samples_that_influence_each_other(model: torch.nn.Module, tmp_path: Pat
         return losses * losses.mean()
 
     with pytest.raises(CoupledSamplesError, match="a_"):
-        fs.wrap(model).collect({"a": models.rows(6)}, tmp_path / "run.fs", objective=coupled, quiet=True)
+        fs.wrap(model).collect({"a": models.rows(6)}, out, objective=coupled, quiet=True)
 
 
 def test_an_offloaded_model_is_refused(model: torch.nn.Module) -> None:
@@ -237,3 +258,57 @@ def test_the_model_is_left_as_it_was(model: torch.nn.Module, tmp_path: Path) -> 
     assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == 1
     assert calls
     handle.remove()
+
+
+def test_position_ids_that_ignore_padding_are_found(out: Path) -> None:
+    """The check takes the batch with the most padding: left pads with positions from 0 couple samples."""
+    model = models.build(models.SETTINGS[-1])
+
+    def careless(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        positions = torch.arange(batch.input_ids.shape[1]).expand_as(batch.input_ids)
+        return causal_lm(model, replace(batch, position_ids=positions))
+
+    data = [{"input_ids": list(range(3, 3 + n))} for n in (5, 5, 5, 5, 6, 9, 12, 20)]
+    with pytest.raises(CoupledSamplesError, match="position ids"):
+        fs.wrap(model, LeftPadding()).collect({"a": data}, out, objective=careless, batch_size=4, quiet=True)
+
+
+def test_an_objective_of_ones_own_is_known_by_its_code(model: torch.nn.Module, tmp_path: Path) -> None:
+    """Another loss under the same name is another run; the same one resumes."""
+
+    def scaled(factor: float) -> Any:
+        return lambda model, batch: factor * causal_lm(model, batch)
+
+    scope, data = fs.wrap(model), {"a": models.rows(3)}
+    scope.collect(data, tmp_path / "run.fs", objective=scaled(1.0), quiet=True)
+    scope.collect(data, tmp_path / "run.fs", objective=scaled(1.0), quiet=True)
+    with pytest.raises(FingerprintError, match="objective"):
+        scope.collect(data, tmp_path / "run.fs", objective=scaled(100.0), quiet=True)
+
+
+@pytest.mark.parametrize("compute", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "float64"])
+def test_every_pair_of_dtypes(weights: str, compute: str, tmp_path: Path) -> None:
+    """Gradients are those of the loop in float64, as far as the coarser of the two dtypes reaches."""
+    model = models.build(SETTING).to(getattr(torch, weights))
+    data = models.rows(4)
+    store = fs.wrap(model, parameters="attention").collect(
+        {"a": data},
+        tmp_path / "run.fs",
+        extensions=(fs.SampleGradients(dtype="float32"),),
+        compute_dtype=compute,
+        quiet=True,
+    )
+    expected = models.loop(model.double(), data)
+    tolerance = 0.15 if "bfloat16" in {weights, compute} else 1e-5
+    for name in store.gradient_parameters:
+        g = torch.stack([sample[name] for sample in expected])
+        error = (store.gradients("a", name).double() - g).norm() / g.norm()
+        assert float(error) <= tolerance or float(g.norm()) < 1e-4, (name, float(error))
+
+
+def test_inside_inference_mode(model: torch.nn.Module, tmp_path: Path) -> None:
+    """A notebook cell under inference_mode collects like any other."""
+    with torch.inference_mode():
+        store = fs.wrap(model).collect({"a": models.rows(3)}, tmp_path / "run.fs", quiet=True)
+    assert store.is_complete("a")

@@ -76,10 +76,12 @@ def _attended(mask: Any, length: int, place: Place) -> tuple[int, int]:
 
 
 def _refuse_unmasked_padding(ids: list[int], tokenizer: Any, place: Place) -> None:
-    pad = getattr(tokenizer, "pad_token_id", None)
-    if pad is None or pad == getattr(tokenizer, "eos_token_id", None) or not ids:
+    pad, eos = getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None)
+    if pad is None or not ids:
         return
-    if pad in (ids[0], ids[-1]):
+    # where padding is done with the end-of-sequence token, one of them may be text, two are padding
+    ends = [ids[:1], ids[-1:]] if pad != eos else [ids[:2], ids[-2:]]
+    if any(set(end) == {pad} and (pad != eos or len(end) == 2) for end in ends):
         raise place.error(
             f'the ids begin or end with the pad token ({pad}) and there is no "attention_mask" to tell '
             "padding from text; pass the attention_mask, or remove the padding"

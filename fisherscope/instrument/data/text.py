@@ -15,6 +15,7 @@ def encode_text(tokenizer: Any, text: str, place: Place) -> Encoded:
     """Tokenise a text; every token bears loss (the first one none after the causal shift)."""
     if not text:
         raise place.error("the text is empty; remove the row or give it text")
+    check_encodable(text, place)
     ids = [int(token) for token in tokenizer(text)["input_ids"]]
     return Encoded(ids, list(ids), text)
 
@@ -29,6 +30,7 @@ def encode_completion(tokenizer: Any, prompt: str, completion: str, place: Place
     if not completion:
         raise place.error("the completion is empty, so no token bears loss; remove the row or complete it")
     text = prompt + completion
+    check_encodable(text, place)
     if getattr(tokenizer, "is_fast", False):
         encoding = tokenizer(text, return_offsets_mapping=True)
         ids = [int(token) for token in encoding["input_ids"]]
@@ -38,6 +40,16 @@ def encode_completion(tokenizer: Any, prompt: str, completion: str, place: Place
         first = _common_prefix(tokenizer, ids, prompt)
     labels = [IGNORED] * first + ids[first:]
     return Encoded(ids, labels, text)
+
+
+def check_encodable(text: str, place: Place) -> None:
+    """Refuse half of a surrogate pair, which JSON can escape and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise place.error(
+            f"character {error.start} of the text is half a surrogate pair, which is no text; repair the row"
+        ) from None
 
 
 def _first_by_offsets(offsets: list[tuple[int, int]], boundary: int) -> int:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,10 +16,10 @@ from fisherscope.instrument.batch import IGNORE, Batch
 def causal_lm(model: nn.Module, batch: Batch) -> Tensor:
     """The sum of each sample's token losses, in nats.
 
-    Token losses are taken from float32 logits at the positions that bear loss only.
+    Token losses are taken from logits of float32 or wider, at the positions that bear loss only.
 
     Returns:
-        ``[n]`` float32.
+        ``[n]``, in the dtype of these logits.
     """
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     if _takes_positions(type(model).forward):
@@ -28,9 +27,12 @@ def causal_lm(model: nn.Module, batch: Batch) -> Tensor:
     logits = model(**inputs, use_cache=False).logits
     targets = batch.labels[:, 1:].to(logits.device)
     bears_loss = targets != IGNORE
-    token_losses = F.cross_entropy(logits[:, :-1][bears_loss].float(), targets[bears_loss], reduction="none")
+    chosen = logits[:, :-1][bears_loss]
+    if chosen.dtype.itemsize < 4:
+        chosen = chosen.float()
+    token_losses = F.cross_entropy(chosen, targets[bears_loss], reduction="none")
     sample = bears_loss.nonzero()[:, 0]
-    return torch.zeros(len(batch), device=logits.device).index_add(0, sample, token_losses)
+    return token_losses.new_zeros(len(batch)).index_add(0, sample, token_losses)
 
 
 @lru_cache(maxsize=64)

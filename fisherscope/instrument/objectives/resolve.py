@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from functools import partial
+from types import CodeType
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -21,12 +25,15 @@ def resolve_objective(choice: str | Objective) -> tuple[str, Objective]:
         choice: "auto", a name, or a function ``loss(model, batch) -> [n]`` that returns the sum of each
             sample's losses.
 
+    Returns:
+        The identity that a resumed run must match, and the function. The identity of a function of the
+        user's own covers its code, defaults and plain values it closes over.
+
     Raises:
         ValueError: no objective of that name.
     """
     if callable(choice):
-        module, name = getattr(choice, "__module__", ""), getattr(choice, "__qualname__", repr(choice))
-        return f"{module}.{name}", choice
+        return _identity(choice), choice
     if choice == "auto":
         choice = "causal_lm"
     if choice not in _NAMED:
@@ -35,3 +42,35 @@ def resolve_objective(choice: str | Objective) -> tuple[str, Objective]:
             "or a function loss(model, batch) -> [n]"
         )
     return choice, _NAMED[choice]
+
+
+def _identity(function: Objective) -> str:
+    inner = function.func if isinstance(function, partial) else function
+    bound = (function.args, function.keywords) if isinstance(function, partial) else ()
+    if not hasattr(inner, "__code__"):
+        inner = type(inner).__call__ if hasattr(type(inner).__call__, "__code__") else inner
+    name = f"{getattr(inner, '__module__', '')}.{getattr(inner, '__qualname__', type(inner).__qualname__)}"
+    sha = hashlib.sha256(repr(_plain(bound)).encode())
+    code = getattr(inner, "__code__", None)
+    if code is not None:
+        cells = [cell.cell_contents for cell in getattr(inner, "__closure__", None) or ()]
+        defaults = (getattr(inner, "__defaults__", None), getattr(inner, "__kwdefaults__", None))
+        sha.update(repr((_code(code), _plain(defaults), _plain(cells))).encode())
+    return f"{name}#{sha.hexdigest()[:16]}"
+
+
+def _code(code: CodeType) -> tuple[Any, ...]:
+    """What a function does, without where it is written; functions inside it included."""
+    constants = tuple(_code(c) if isinstance(c, CodeType) else _plain(c) for c in code.co_consts)
+    return code.co_code, constants, code.co_names, code.co_varnames
+
+
+def _plain(value: Any) -> Any:
+    """The value where it is plain data, else its type: an address in memory identifies nothing."""
+    if isinstance(value, str | bytes | int | float | bool | None):
+        return value
+    if isinstance(value, list | tuple):
+        return tuple(_plain(item) for item in value)
+    if isinstance(value, dict):
+        return tuple((str(key), _plain(item)) for key, item in value.items())
+    return type(value).__qualname__
