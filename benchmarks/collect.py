@@ -36,6 +36,8 @@ from fisherscope.linalg import Factored
 
 SETTINGS = [(256, 32, 64), (256, 128, 32), (512, 32, 64)]
 VOCABULARY = 512
+BATCHES = 4
+COLLECT = f"collect() of {BATCHES} batches to disk, fisher full"
 
 
 def build(hidden: int) -> Qwen2ForCausalLM:
@@ -111,7 +113,8 @@ def variants(hidden: int, n: int, length: int, scratch: Path) -> dict[str, Calla
     full = [fs.Fisher().collector(context), GroupValues(context)]
     groups = [GroupValues(context)]
     engine = BatchPass(model, scope._targets, causal_lm, context, torch.float32)
-    rows = [{"input_ids": row} for row in ids]
+    more = torch.randint(3, VOCABULARY, (BATCHES * n, length), generator=generator).tolist()
+    rows = [{"input_ids": row} for row in more]
     count = iter(range(10**6))
 
     def instrumented(collectors: list[Collector]) -> None:
@@ -129,8 +132,8 @@ def variants(hidden: int, n: int, length: int, scratch: Path) -> dict[str, Calla
         "floor: + per-sample products": lambda: instrumented([Products()]),
         "fisher full + group values": lambda: instrumented(full),
         "group values only": lambda: instrumented(groups),
-        "collect() to disk, fisher full": lambda: collect(("fisher",)),
-        "collect() to disk, + attention gradients": lambda: collect(("fisher", "sample_gradients")),
+        COLLECT: lambda: collect(("fisher",)),
+        f"{COLLECT}, attention gradients": lambda: collect(("fisher", "sample_gradients")),
     }
 
 
@@ -162,9 +165,10 @@ def main() -> None:
             f"\nhidden {hidden}, {n} samples of {length} tokens, {torch.get_num_threads()} threads; x plain"
         )
         for name, times in seconds.items():
-            ratios = [t / p for t, p in zip(times, seconds["plain"], strict=True)]
+            batches = BATCHES if name.startswith("collect") else 1
+            ratios = [t / p / batches for t, p in zip(times, seconds["plain"], strict=True)]
             low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-            print(f"  {name:<42} {middle:5.2f}  ({low:.2f}-{high:.2f})")
+            print(f"  {name:<62} {middle:5.2f}  ({low:.2f}-{high:.2f})")
             results.append(
                 {
                     "hidden": hidden,
