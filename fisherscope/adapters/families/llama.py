@@ -20,6 +20,9 @@ TIED_BY_NORM = Separate(coupled=("Q", "K"))  # the norms of Q and K run over all
 @register(
     "cohere",
     "cohere2",
+    "cwm",
+    "ernie4_5",
+    "exaone4",
     "gemma",
     "gemma2",
     "gemma3",
@@ -30,7 +33,10 @@ TIED_BY_NORM = Separate(coupled=("Q", "K"))  # the norms of Q and K run over all
     "olmo",
     "qwen2",
     "qwen3",
+    "seed_oss",
+    "smollm3",
     "stablelm",
+    "vaultgemma",
 )
 def llama(model: nn.Module, config: Any) -> Family:
     """Separate projections and an MLP with a gate."""
@@ -43,6 +49,20 @@ def olmo2(model: nn.Module, config: Any) -> Family:
     """Llama's modules, with norms over all heads of Q and of K."""
     del model
     return decoder(config, TIED_BY_NORM, GATED)
+
+
+@register("glm", "glm4")
+def glm(model: nn.Module, config: Any) -> Family:
+    """The gate and up projections are one."""
+    del model
+    return decoder(config, Separate(), Mlp("mlp", expand=("gate_up_proj",), contract="down_proj", stacked=2))
+
+
+@register("apertus", "arcee", "nemotron")
+def arcee(model: nn.Module, config: Any) -> Family:
+    """An MLP without a gate."""
+    del model
+    return decoder(config, Separate(), Mlp("mlp", expand=("up_proj",), contract="down_proj"))
 
 
 @register("starcoder2")
