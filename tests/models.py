@@ -37,6 +37,39 @@ def _config(name: str, **changes: object) -> Callable[[], transformers.Pretraine
     return lambda: getattr(transformers, name)(**(common | changes))
 
 
+def _gpt(name: str, **changes: object) -> Callable[[], transformers.PretrainedConfig]:
+    common = {
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "vocab_size": VOCABULARY,
+        "n_positions": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return lambda: getattr(transformers, name)(**(common | changes))
+
+
+def _gpt_neo() -> transformers.PretrainedConfig:
+    return transformers.GPTNeoConfig(
+        hidden_size=32,
+        num_layers=2,
+        attention_types=[[["global", "local"], 1]],
+        num_heads=4,
+        intermediate_size=40,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=64,
+        window_size=4,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+
+
+def _moe(name: str, **changes: object) -> Callable[[], transformers.PretrainedConfig]:
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    return _config(name, **(sizes | changes))
+
+
 SETTINGS = [
     Setting("llama", _config("LlamaConfig")),
     Setting("llama-biases", _config("LlamaConfig", attention_bias=True, mlp_bias=True)),
@@ -44,26 +77,63 @@ SETTINGS = [
     Setting("qwen2", _config("Qwen2Config")),
     Setting("qwen2-tied-mqa", _config("Qwen2Config", num_key_value_heads=1, tie_word_embeddings=True)),
     Setting("qwen3-head-dim", _config("Qwen3Config", head_dim=16)),
+    Setting("gpt2", _gpt("GPT2Config")),
+    Setting("gpt_neo", _gpt_neo),
+    Setting("gptj", _gpt("GPTJConfig", rotary_dim=4)),
+    Setting("opt", _config("OPTConfig", ffn_dim=40, word_embed_proj_dim=32)),
+    Setting("gpt_neox", _config("GPTNeoXConfig", num_key_value_heads=4)),
+    Setting("bloom", _config("BloomConfig", n_layer=2, n_head=4)),
+    Setting("falcon-mqa", _config("FalconConfig", multi_query=True, bias=True)),
+    Setting("falcon-mha-alibi", _config("FalconConfig", multi_query=False, alibi=True, parallel_attn=False)),
+    Setting("falcon-new-decoder", _config("FalconConfig", new_decoder_architecture=True, num_kv_heads=2)),
     Setting(
-        "gpt2",
-        lambda: transformers.GPT2Config(
-            n_embd=32,
-            n_layer=2,
-            n_head=4,
-            vocab_size=VOCABULARY,
-            n_positions=64,
-            bos_token_id=1,
-            eos_token_id=2,
+        "mpt",
+        lambda: transformers.MptConfig(
+            d_model=32, n_heads=4, n_layers=2, vocab_size=VOCABULARY, max_seq_len=64, expansion_ratio=2
         ),
     ),
+    Setting("codegen", _gpt("CodeGenConfig", n_head=8, rotary_dim=4)),
+    Setting("phi", _config("PhiConfig", qk_layernorm=True)),
+    Setting("phi3", _config("Phi3Config")),
+    Setting("gemma", _config("GemmaConfig", head_dim=12)),
+    Setting("gemma2", _config("Gemma2Config", head_dim=12, sliding_window=4)),
+    Setting("gemma3-text", _config("Gemma3TextConfig", head_dim=12, sliding_window=4)),
+    Setting("olmo", _config("OlmoConfig")),
+    Setting("olmo2", _config("Olmo2Config")),
+    Setting("olmo3", _config("Olmo3Config")),
+    Setting("stablelm", _config("StableLmConfig", use_qkv_bias=True, qk_layernorm=True)),
+    Setting("starcoder2", _config("Starcoder2Config")),
+    Setting("granite", _config("GraniteConfig", attention_bias=True)),
+    Setting("cohere", _config("CohereConfig", use_qk_norm=True)),
+    Setting("cohere2", _config("Cohere2Config", sliding_window=4)),
+    Setting("cwm", _config("CwmConfig", head_dim=8)),
+    Setting("ernie4_5", _config("Ernie4_5Config", head_dim=8)),
+    Setting("exaone4", _config("Exaone4Config")),
+    Setting("seed_oss", _config("SeedOssConfig", head_dim=12)),
+    Setting("smollm3", _config("SmolLM3Config")),
+    Setting("vaultgemma", _config("VaultGemmaConfig", head_dim=12)),
+    Setting("glm", _config("GlmConfig", head_dim=8)),
+    Setting("glm4", _config("Glm4Config", head_dim=8)),
+    Setting("apertus", _config("ApertusConfig")),
+    Setting("arcee", _config("ArceeConfig")),
+    Setting("nemotron", _config("NemotronConfig")),
+    Setting("mixtral", _config("MixtralConfig", num_local_experts=4)),
+    Setting("qwen2_moe", _moe("Qwen2MoeConfig", shared_expert_intermediate_size=24, decoder_sparse_step=2)),
+    Setting("qwen3_moe", _moe("Qwen3MoeConfig", head_dim=12)),
+    Setting("olmoe", _config("OlmoeConfig", num_experts=4, num_experts_per_tok=2)),
 ]
+
+
+def named(name: str) -> Setting:
+    """The setting of that name."""
+    return next(setting for setting in SETTINGS if setting.name == name)
 
 
 def build(setting: Setting, *, seed: int = 0) -> nn.Module:
     """A random model whose biases and norms are random, too, so that nothing is accidentally zero."""
     torch.manual_seed(seed)
     config = setting.config()
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    model = transformers.AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -102,7 +172,7 @@ def tokens(row: dict[str, list[int]]) -> int:
     return sum(label != -100 for label in row["labels"][1:])
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Largest difference relative to the largest expected entry."""
-    scale = expected.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+def relative_error(found: Tensor, expected: Tensor, *, floor: float = 0.0) -> float:
+    """Largest difference relative to the largest expected entry, or to ``floor`` if that is larger."""
+    scale = expected.abs().max().clamp_min(max(floor, torch.finfo(torch.float32).tiny))
     return float((found - expected).abs().max() / scale)

@@ -40,7 +40,7 @@ QUANTITY = """
 import sys
 from tests import models
 
-scope = fs.wrap(models.build(models.SETTINGS[0]))
+scope = fs.wrap(models.build(models.named("llama")))
 extensions = ("fisher", "sample_gradients", "gradient_norm")
 store = scope.collect({"a": models.rows(4)}, sys.argv[1], extensions=extensions, batch_size=2, quiet=True)
 parameter = store.gradient_parameters[0]

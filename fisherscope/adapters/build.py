@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -12,6 +13,8 @@ from fisherscope.errors import AdapterError
 from fisherscope.layout import AttentionLayout, MlpLayout, ModelLayout, ParameterInfo
 from fisherscope.layout.model import ParameterKind
 
+P = TypeVar("P")
+
 
 @dataclass(frozen=True)
 class Family:
@@ -19,15 +22,16 @@ class Family:
 
     Attributes:
         layers: path of the list of layers below the base model, such as "layers" or "h".
-        attention: pattern of the attention module in each layer.
-        mlp: pattern of the MLP in each layer, None where channels are not described.
+        attention: pattern of the attention module, for all layers or one per layer; None for a layer without
+            attention.
+        mlp: pattern of the MLP, likewise; None where channels are not described.
         n_heads: query heads.
         n_kv_heads: key/value heads.
     """
 
     layers: str
-    attention: AttentionPattern
-    mlp: MlpPattern | None
+    attention: AttentionPattern | Sequence[AttentionPattern | None]
+    mlp: MlpPattern | Sequence[MlpPattern | None] | None
     n_heads: int
     n_kv_heads: int
 
@@ -38,20 +42,21 @@ def build_layout(model: nn.Module, model_type: str, family: Family) -> ModelLayo
     Raises:
         AdapterError: a module or parameter that the patterns name does not exist.
     """
-    prefix = base_prefix(model)
-    container = f"{prefix}{family.layers}"
-    layers = _submodule(model, container)
+    container, layers = _layers(model, family.layers)
+
+    def lookup(path: str) -> nn.Module:
+        return _submodule(model, path)
+
     attention: list[AttentionLayout] = []
     mlps: list[MlpLayout] = []
-    for number, _ in enumerate(layers.children()):
+    attention_patterns = _per_layer(family.attention, len(layers), "attention")
+    mlp_patterns = _per_layer(family.mlp, len(layers), "mlp")
+    for number, (heads, channels) in enumerate(zip(attention_patterns, mlp_patterns, strict=True)):
         path = f"{container}.{number}"
-        attention.append(
-            family.attention.layout(
-                lambda name: _submodule(model, name), path, number, family.n_heads, family.n_kv_heads
-            )
-        )
-        if family.mlp is not None:
-            mlps.append(family.mlp.layout(lambda name: _submodule(model, name), path, number))
+        if heads is not None:
+            attention.append(heads.layout(lookup, path, number, family.n_heads, family.n_kv_heads))
+        if channels is not None:
+            mlps.append(channels.layout(lookup, path, number))
     return ModelLayout(
         model_type=model_type,
         parameters=_parameters(model, container, attention, mlps),
@@ -67,6 +72,23 @@ def base_prefix(model: nn.Module) -> str:
         if module is base:
             return f"{name}." if name else ""
     return ""
+
+
+def _layers(model: nn.Module, layers: str) -> tuple[str, list[nn.Module]]:
+    """Path and content of the list of layers, also where the text model lies inside a multimodal one."""
+    prefix = base_prefix(model)
+    inner = f"{prefix}language_model."
+    modules = dict(model.named_modules())
+    path = inner + layers if inner + layers in modules else prefix + layers
+    return path, list(_submodule(model, path).children())
+
+
+def _per_layer(pattern: P | Sequence[P | None] | None, n: int, what: str) -> Sequence[P | None]:
+    if not isinstance(pattern, Sequence):
+        return [pattern] * n
+    if len(pattern) != n:
+        raise AdapterError(f"{len(pattern)} {what} patterns for {n} layers: give one for all or one for each")
+    return pattern
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module:

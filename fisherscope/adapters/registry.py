@@ -21,7 +21,7 @@ FamilyFunction = Callable[[nn.Module, Any], Family]
 Probe = Literal["first", "all", False]
 
 ENTRY_POINT_GROUP = "fisherscope.adapters"
-_BUILT_IN = ("fisherscope.adapters.families.gpt2", "fisherscope.adapters.families.llama")
+_BUILT_IN = tuple(f"fisherscope.adapters.families.{name}" for name in ("gpt2", "llama", "fused", "experts"))
 
 _families: dict[str, FamilyFunction] = {}
 _loaded = False

@@ -49,11 +49,15 @@ class GradientTap:
         self._open_uses: Counter[str] = Counter()
         self._pieces: dict[str, PerSampleGradient] = {}
         self._n = 0
+        self._positions = 0
 
     @contextmanager
-    def attached(self, n: int) -> Iterator[None]:
-        """Hooks for one batch of ``n`` samples; only hooks of our own are removed afterwards."""
-        self._n = n
+    def attached(self, n: int, positions: int) -> Iterator[None]:
+        """Hooks for one batch of ``n`` samples, padded to ``positions``.
+
+        Only hooks of our own are removed afterwards.
+        """
+        self._n, self._positions = n, positions
         self._open_uses.clear()
         self._pieces.clear()
         with ExitStack() as stack:
@@ -71,14 +75,16 @@ class GradientTap:
             if not (torch.is_grad_enabled() and output.requires_grad):
                 return
             given = args[0] if args else next(iter(kwargs.values()))
-            if given.shape[0] != self._n or output.shape[0] != self._n:
+            # some models (OPT) flatten [n, positions, features] before a layer that sees every position
+            flat = given.dim() == 2 and given.shape[0] == self._n * self._positions and site.every_position
+            if not flat and (given.shape[0] != self._n or output.shape[0] != self._n):
                 raise FisherscopeError(
                     f"{site.path} sees {given.shape[0]} rows for a batch of {self._n} samples: it mixes "
                     "samples with positions, so their gradients cannot be told apart; leave it out with "
                     "parameters=[...]"
                 )
             self._open_uses.update(site.parameters.values())
-            use = _Use(given.detach(), output.detach(), output._version)
+            use = _Use(given.detach(), output.detach(), output._version, self._n if flat else None)
             if site.path in self._input_cut and args and given.requires_grad:
                 on_gradient(output, use.keep_output_gradient)
                 on_gradient(given, lambda gradient: self._finish(site, use, gradient))
@@ -107,12 +113,16 @@ class GradientTap:
 
 
 class _Use:
-    """One call of one watched layer, between its forward and its backward pass."""
+    """One call of one watched layer, between its forward and its backward pass.
 
-    def __init__(self, inputs: Tensor, outputs: Tensor, version: int) -> None:
+    Tensors of ``flattened`` samples are unfolded to ``[n, positions, features]`` for the rule.
+    """
+
+    def __init__(self, inputs: Tensor, outputs: Tensor, version: int, flattened: int | None) -> None:
         self._inputs = inputs
         self._outputs = outputs
         self._version = version
+        self._flattened = flattened
         self._output_gradient: Tensor | None = None
 
     def keep_output_gradient(self, gradient: Tensor) -> None:
@@ -126,11 +136,16 @@ class _Use:
         intact = self._outputs.dtype == dtype and self._outputs._version == self._version
         exact = input_gradient is not None and input_gradient.dtype == dtype
         return LayerCall(
-            inputs=self._inputs.to(dtype),
-            output_gradient=self._output_gradient.to(dtype),
-            outputs=self._outputs if intact else None,
-            input_gradient=input_gradient.detach() if exact and input_gradient is not None else None,
+            inputs=self._by_sample(self._inputs.to(dtype)),
+            output_gradient=self._by_sample(self._output_gradient.to(dtype)),
+            outputs=self._by_sample(self._outputs) if intact else None,
+            input_gradient=self._by_sample(input_gradient.detach())
+            if exact and input_gradient is not None
+            else None,
         )
+
+    def _by_sample(self, tensor: Tensor) -> Tensor:
+        return tensor if self._flattened is None else torch.unflatten(tensor, 0, (self._flattened, -1))
 
 
 def on_gradient(tensor: Tensor, function: Callable[[Tensor], None]) -> None:

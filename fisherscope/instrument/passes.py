@@ -71,7 +71,7 @@ class BatchPass:
         self._emitted.clear()
         for collector in collectors:
             collector.begin(len(batch))
-        with self._tap.attached(len(batch)):
+        with self._tap.attached(*batch.input_ids.shape):
             losses = self._objective(self._model, batch)
             check_losses(losses, self._model, self._objective, batch)
             losses.sum().backward()  # type: ignore[no-untyped-call]

@@ -26,12 +26,15 @@ class Site:
         rule: how it yields per-sample gradients.
         parameters: its own parameter names -> names as in ``named_parameters()``. A tied parameter has
             one name and several sites.
+        every_position: whether it is part of an attention or MLP that the layout describes, which is given
+            every position of every sample once and in order, as a routed expert is not.
     """
 
     path: str
     module: nn.Module
     rule: Rule
     parameters: dict[str, str]
+    every_position: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,9 @@ def select_targets(model: nn.Module, layout: ModelLayout, choice: ParameterChoic
             parameters.append(info.name)
             for path, module, local, rule in rules:
                 if rule is not None:
-                    site = found.setdefault(path, Site(path, module, rule, {}))
+                    site = found.setdefault(
+                        path, Site(path, module, rule, {}, info.kind in {"attention", "mlp"})
+                    )
                     site.parameters[local] = info.name
         reason = "" if covered else "not selected" if not selected else f"no rule for {missing[0]}"
         rows.append((info, selected, covered, type(uses[info.name][0][1]).__name__, reason))

@@ -24,6 +24,7 @@ def encode(layout: ModelLayout) -> dict[str, Any]:
                 "output": a.output,
                 "n_heads": a.n_heads,
                 "n_kv_heads": a.n_kv_heads,
+                "coupled": list(a.coupled),
                 "blocks": [
                     {
                         "name": b.name,
@@ -110,6 +111,7 @@ def _decode_attention(data: dict[str, Any]) -> AttentionLayout:
             for b in data["blocks"]
         ),
         stack=data["stack"],
+        coupled=tuple(data.get("coupled", ())),
     )
 
 

@@ -49,6 +49,8 @@ class AttentionLayout:
         n_kv_heads: key/value heads; query head h uses kv head ``h // (H // n_kv_heads)``.
         blocks: Q, K, V, O.
         stack: "decoder", "encoder" or "cross".
+        coupled: blocks whose heads a norm over all of them ties (OLMo 2 normalises Q and K that way): the
+            slices are exact, but a change of one head's slice moves the other heads too.
     """
 
     layer: int
@@ -58,6 +60,7 @@ class AttentionLayout:
     n_kv_heads: int
     blocks: tuple[HeadBlock, ...]
     stack: str = "decoder"
+    coupled: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads:
@@ -68,6 +71,8 @@ class AttentionLayout:
             expected = self.n_kv_heads if block.name in {"K", "V"} else self.n_heads
             if block.heads != expected:
                 raise ValueError(f"{self.module}: {block.name} has {block.heads} heads, expected {expected}")
+        if unknown := set(self.coupled) - {block.name for block in self.blocks}:
+            raise ValueError(f"{self.module}: no block {min(unknown)!r} whose heads could be coupled")
 
     def block(self, name: str) -> HeadBlock:
         """The block of that name.

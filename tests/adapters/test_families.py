@@ -12,8 +12,8 @@ import transformers
 
 import fisherscope as fs
 from fisherscope.adapters import known_model_types, registry, resolve
-from fisherscope.adapters.build import Family
-from fisherscope.adapters.patterns import Mlp, Separate
+from fisherscope.adapters.build import Family, build_layout
+from fisherscope.adapters.patterns import Concat, Grouped, Mlp, Sectioned, Separate
 from fisherscope.adapters.probe import verify_layout
 from fisherscope.errors import AdapterError
 from fisherscope.layout import AttentionLayout, HeadBlock, ModelLayout
@@ -44,8 +44,8 @@ def test_every_parameter_has_a_place(model: torch.nn.Module) -> None:
     assert [p.name for p in layout.parameters] == [name for name, _ in model.named_parameters()]
     for info, (_, parameter) in zip(layout.parameters, model.named_parameters(), strict=True):
         assert info.shape == tuple(parameter.shape)
-        if info.layer >= 0:
-            assert info.kind in {"attention", "mlp", "norm"}
+        if info.layer >= 0 and not any(part in info.name for part in (".experts.", ".shared_", ".mlp.gate.")):
+            assert info.kind in {"attention", "mlp", "norm"}, info.name
 
 
 def test_the_layout_survives_json(model: torch.nn.Module) -> None:
@@ -61,13 +61,13 @@ def test_keys_and_values_swapped_are_caught(model: torch.nn.Module) -> None:
     wrong = _with_blocks(
         layout, K=HeadBlock("K", value.weight, value.bias), V=HeadBlock("V", key.weight, key.bias)
     )
-    with pytest.raises(AdapterError, match=r"called [KV] head 0"):
+    with pytest.raises(AdapterError, match=r"called [KV] head 0|perturbing K head 0 moved heads"):
         verify_layout(model, wrong)
 
 
 def test_query_and_value_swapped_are_caught() -> None:
     """In a model without grouped heads Q and V have one shape; the probe still tells them apart."""
-    model = models.build(models.SETTINGS[-1])
+    model = models.build(models.named("gpt2"))
     layout = resolve(model)
     query, value = (layout.attention[0].block(name) for name in "QV")
     wrong = _with_blocks(
@@ -93,7 +93,7 @@ def test_heads_shifted_by_one_are_caught(model: torch.nn.Module, block: str) -> 
 
 def test_a_bias_cut_differently_is_caught() -> None:
     """Weight and bias of a block must be cut alike."""
-    model = models.build(models.SETTINGS[3])
+    model = models.build(models.named("qwen2"))
     layout = resolve(model)
     right = layout.attention[0].block("Q")
     assert right.bias is not None
@@ -106,7 +106,7 @@ def test_a_bias_cut_differently_is_caught() -> None:
 
 def test_the_probe_leaves_the_model_as_it_was() -> None:
     """Weights, modes, hooks and gradients are untouched, also when the probe fails."""
-    model = models.build(models.SETTINGS[3])
+    model = models.build(models.named("qwen2"))
     model.train()
     model.model.layers[0].eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -122,6 +122,144 @@ def test_the_probe_leaves_the_model_as_it_was() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["gpt_neox", "bloom", "falcon-mha-alibi", "falcon-new-decoder", "codegen"],
+)
+def test_a_fused_projection_cut_as_if_it_were_not_interleaved_is_caught(name: str) -> None:
+    """[all Q | all K | all V] instead of the model's own order is refused."""
+    model = models.build(models.named(name))
+    layout = resolve(model)
+    right = layout.attention[0]
+    module, fused = right.block("Q").weight.parameter.removesuffix(".weight").rsplit(".", 1)
+    concat = Concat(module.rsplit(".", 1)[1], fused, right.output.rsplit(".", 1)[1])
+    path = module.rsplit(".", 1)[0]
+    wrong = concat.layout(model.get_submodule, path, 0, right.n_heads, right.n_kv_heads)
+    assert wrong.module == right.module
+    with pytest.raises(AdapterError, match="is wrong at"):
+        verify_layout(model, replace(layout, attention=(wrong, *layout.attention[1:])))
+
+
+def test_values_before_keys_is_not_keys_before_values() -> None:
+    """CodeGen's order with keys first, as one would guess, is refused."""
+    model = models.build(models.named("codegen"))
+    layout = resolve(model)
+    pattern = Sectioned("attn", "qkv_proj", "out_proj", sections=4)
+    wrong = pattern.layout(model.get_submodule, "transformer.h.0", 0, 8, 8)
+    with pytest.raises(AdapterError, match=r"called [KV] head 0"):
+        verify_layout(model, replace(layout, attention=(wrong, *layout.attention[1:])))
+
+
+def test_with_one_kv_head_grouped_and_concat_are_the_same() -> None:
+    """Falcon 7B may be described either way."""
+    model = models.build(models.named("falcon-mqa"))
+    concat = Concat("self_attention", "query_key_value", "dense")
+    found = concat.layout(model.get_submodule, "transformer.h.0", 0, 4, 1)
+    assert found == resolve(model).attention[0]
+
+
+def test_fused_projections_are_cut_as_written_here() -> None:
+    """First rows of Q, K and V heads of width 4, written by hand."""
+    fused, output = torch.nn.Linear(4, 32), torch.nn.Linear(16, 4)
+    modules = {"l.a.qkv": fused, "l.a.o": output}
+    for pattern, expected in (
+        (Concat("a", "qkv", "o"), {"Q": (0, 4, 8, 12), "K": (16, 20), "V": (24, 28)}),
+        (Grouped("a", "qkv", "o"), {"Q": (0, 4, 16, 20), "K": (8, 24), "V": (12, 28)}),
+        (
+            Sectioned("a", "qkv", "o", sections=2, order=("Q", "V", "K")),
+            {"Q": (0, 4, 16, 20), "K": (12, 28), "V": (8, 24)},
+        ),
+    ):
+        layout = pattern.layout(modules.__getitem__, "l", 0, 4, 2)
+        for block, starts in expected.items():
+            found = layout.block(block)
+            assert found.weight.starts == starts
+            assert found.bias is not None
+            assert found.bias.starts == starts
+
+
+def test_heads_that_cannot_be_divided_among_sections() -> None:
+    """The error names the projection and the numbers."""
+    modules = {"l.a.qkv": torch.nn.Linear(4, 36), "l.a.o": torch.nn.Linear(12, 4)}
+    pattern = Sectioned("a", "qkv", "o", sections=4)
+    with pytest.raises(AdapterError, match=r"l\.a\.qkv: 6 heads cannot be divided among 4 sections"):
+        pattern.layout(modules.__getitem__, "l", 0, 6, 6)
+
+
+@pytest.mark.parametrize("name", ["olmo2", "olmo3", "olmoe"])
+def test_a_norm_over_all_heads_must_be_declared(name: str) -> None:
+    """The flag is in the layout; without it the probe sees all heads move."""
+    model = models.build(models.named(name))
+    layout = resolve(model)
+    assert all(a.coupled == ("Q", "K") for a in layout.attention)
+    for declared in ((), ("Q",), ("K",)):
+        wrong = replace(layout.attention[0], coupled=declared)
+        with pytest.raises(AdapterError, match=r"perturbing [QK] head 0 moved heads \[0, 1, 2, 3\]"):
+            verify_layout(model, replace(layout, attention=(wrong, *layout.attention[1:])))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3-head-dim", "cohere", "stablelm"])
+@pytest.mark.parametrize("block", ["Q", "K", "V"])
+def test_a_coupling_that_is_not_there_is_refused(name: str, block: str) -> None:
+    """Norms within a head tie nothing, and a layout that says otherwise is wrong."""
+    model = models.build(models.named(name))
+    layout = resolve(model)
+    wrong = replace(layout.attention[0], coupled=(block,))
+    with pytest.raises(AdapterError, match=rf"perturbing {block} head 0 moved heads .*not \[0, 1, 2, 3\]"):
+        verify_layout(model, replace(layout, attention=(wrong, *layout.attention[1:])))
+
+
+def test_an_unknown_block_cannot_be_coupled() -> None:
+    """The flag names blocks of the layer."""
+    layout = resolve(models.build(models.named("llama")))
+    with pytest.raises(ValueError, match="no block 'X'"):
+        replace(layout.attention[0], coupled=("X",))
+
+
+def test_layers_may_differ() -> None:
+    """One pattern per layer, None where there is nothing; another number of them is an error."""
+    model = models.build(models.named("llama"))
+    mlp = Mlp("mlp", ("up_proj",), "down_proj")
+    layout = build_layout(model, "llama", Family("layers", [None, Separate()], [mlp, None], 4, 2))
+    assert [a.layer for a in layout.attention] == [1]
+    assert [m.layer for m in layout.mlps] == [0]
+    with pytest.raises(AdapterError, match="1 mlp patterns for 2 layers"):
+        build_layout(model, "llama", Family("layers", Separate(), [mlp], 4, 2))
+
+
+def test_channels_of_a_stacked_projection() -> None:
+    """Channel c of Phi-3 is row c of the gate, row c of the up projection below it, and column c."""
+    model = models.build(models.named("phi3"))
+    mlp = resolve(model).mlps[0]
+    assert mlp.channels == 40
+    rows = [(p.parameter.rsplit(".", 2)[1], p.axis, p.starts[7]) for p in mlp.weights]
+    assert rows == [("gate_up_proj", 0, 7), ("gate_up_proj", 0, 47), ("down_proj", 1, 7)]
+
+
+def test_the_text_model_inside_a_multimodal_one() -> None:
+    """Layers are found below ``language_model`` and confirmed there."""
+    config = transformers.Gemma3Config(
+        text_config=models.named("gemma3-text").config().to_dict(),
+        vision_config={
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+        mm_tokens_per_image=4,
+        image_token_index=60,
+        boi_token_index=58,
+        eoi_token_index=59,
+    )
+    torch.manual_seed(0)
+    model = transformers.Gemma3ForConditionalGeneration(config)
+    layout = resolve(model, probe="all")
+    assert layout.model_type == "gemma3"
+    assert layout.attention[1].module == "model.language_model.layers.1.self_attn"
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_probe_works_in_half_precision(dtype: torch.dtype) -> None:
     """Rounding of a half-precision model is not taken for movement."""
@@ -131,9 +269,9 @@ def test_the_probe_works_in_half_precision(dtype: torch.dtype) -> None:
 
 def test_an_unknown_model_type_is_a_clear_error() -> None:
     """The message names the type and the next step."""
-    config = transformers.BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=20)
+    config = transformers.CTRLConfig(n_embd=16, n_layer=1, n_head=2, vocab_size=20, dff=16, n_positions=8)
     model = transformers.AutoModelForCausalLM.from_config(config)
-    with pytest.raises(AdapterError, match=r"no adapter for model_type 'bloom'.*register.*docs/adapters.md"):
+    with pytest.raises(AdapterError, match=r"no adapter for model_type 'ctrl'.*register.*docs/adapters.md"):
         fs.wrap(model)
 
 
@@ -149,31 +287,20 @@ def test_a_users_adapter_is_used_and_may_replace_a_built_in(
     """A registration of one's own works for a new type, and overrides a known one with a notice."""
     assert {"gpt2", "llama", "mistral", "qwen2", "qwen3"} <= set(known_model_types())
     monkeypatch.setattr(registry, "_families", dict(registry._families))
-    config = transformers.OPTConfig(
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        ffn_dim=24,
-        vocab_size=30,
-        word_embed_proj_dim=16,
+    config = transformers.XGLMConfig(
+        d_model=16, num_layers=1, attention_heads=2, ffn_dim=24, vocab_size=30, max_position_embeddings=16
     )
     model = transformers.AutoModelForCausalLM.from_config(config)
 
-    def opt(model: torch.nn.Module, config: transformers.OPTConfig) -> Family:
-        heads = config.num_attention_heads
-        return Family(
-            layers="decoder.layers",
-            attention=Separate(output="out_proj"),
-            mlp=None,
-            n_heads=heads,
-            n_kv_heads=heads,
-        )
+    def xglm(model: torch.nn.Module, config: transformers.XGLMConfig) -> Family:
+        heads = config.attention_heads
+        return Family("layers", Separate(output="out_proj"), Mlp("", ("fc1",), "fc2"), heads, heads)
 
-    fs.register_adapter(opt, "opt")
+    fs.register_adapter(xglm, "xglm")
     layout = resolve(model, probe="all")
     assert isinstance(layout.attention[0], AttentionLayout)
     with caplog.at_level(logging.WARNING):
-        fs.register_adapter(opt, "llama")
+        fs.register_adapter(xglm, "llama")
     assert "'llama' is replaced" in caplog.text
 
 
@@ -184,4 +311,4 @@ def test_an_adapter_that_names_a_missing_module(monkeypatch: pytest.MonkeyPatch)
         lambda model, config: Family("layers", Separate(), Mlp("ffn", ("up",), "down"), 4, 2), "llama"
     )
     with pytest.raises(AdapterError, match=r"model\.layers\.0\.ffn\.up"):
-        resolve(models.build(models.SETTINGS[0]))
+        resolve(models.build(models.named("llama")))

@@ -1,4 +1,4 @@
-"""GPT-2: one fused ``Conv1D`` for Q, K and V."""
+"""GPT-2 and what was built after it."""
 
 from __future__ import annotations
 
@@ -7,18 +7,52 @@ from typing import Any
 from torch import nn
 
 from fisherscope.adapters.build import Family
-from fisherscope.adapters.patterns import Concat, Mlp
+from fisherscope.adapters.patterns import AttentionPattern, Concat, Mlp, MlpPattern, Separate
 from fisherscope.adapters.registry import register
 
 
 @register("gpt2")
 def gpt2(model: nn.Module, config: Any) -> Family:
-    """Heads are columns: the weight of a ``Conv1D`` is [in, out]."""
+    """One fused ``Conv1D``, so heads are columns: its weight is [in, out]."""
     del model
-    return Family(
-        layers="h",
-        attention=Concat("attn", fused="c_attn", output="c_proj"),
-        mlp=Mlp("mlp", expand=("c_fc",), contract="c_proj"),
-        n_heads=config.num_attention_heads,
-        n_kv_heads=config.num_attention_heads,
+    return _decoder(
+        config,
+        "h",
+        Concat("attn", fused="c_attn", output="c_proj"),
+        Mlp("mlp", expand=("c_fc",), contract="c_proj"),
     )
+
+
+@register("gpt_neo")
+def gpt_neo(model: nn.Module, config: Any) -> Family:
+    """Global and local attention in turns, both one level deeper than elsewhere."""
+    del model
+    return _decoder(
+        config,
+        "h",
+        Separate("attn.attention", output="out_proj"),
+        Mlp("mlp", expand=("c_fc",), contract="c_proj"),
+    )
+
+
+@register("gptj")
+def gptj(model: nn.Module, config: Any) -> Family:
+    """Attention and MLP side by side."""
+    del model
+    return _decoder(
+        config, "h", Separate("attn", output="out_proj"), Mlp("mlp", expand=("fc_in",), contract="fc_out")
+    )
+
+
+@register("opt")
+def opt(model: nn.Module, config: Any) -> Family:
+    """The MLP's two projections lie in the layer itself."""
+    del model
+    return _decoder(
+        config, "decoder.layers", Separate(output="out_proj"), Mlp("", expand=("fc1",), contract="fc2")
+    )
+
+
+def _decoder(config: Any, layers: str, attention: AttentionPattern, mlp: MlpPattern) -> Family:
+    """As many kv heads as query heads."""
+    return Family(layers, attention, mlp, config.num_attention_heads, config.num_attention_heads)

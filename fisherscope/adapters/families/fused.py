@@ -1,0 +1,79 @@
+"""Families whose Q, K and V are one projection, each with its own order of the rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from fisherscope.adapters.build import Family
+from fisherscope.adapters.families.llama import decoder
+from fisherscope.adapters.patterns import Concat, Grouped, Mlp, Sectioned
+from fisherscope.adapters.registry import register
+
+_BY_HEAD = Grouped("self_attention", fused="query_key_value", output="dense")
+_FOUR_H = Mlp("mlp", expand=("dense_h_to_4h",), contract="dense_4h_to_h")
+
+
+@register("gpt_neox")
+def gpt_neox(model: nn.Module, config: Any) -> Family:
+    """One kv head per query head; a ``num_key_value_heads`` in the config is ignored by the model."""
+    del model
+    heads = config.num_attention_heads
+    return Family("layers", Grouped("attention", "query_key_value", "dense"), _FOUR_H, heads, heads)
+
+
+@register("bloom")
+def bloom(model: nn.Module, config: Any) -> Family:
+    """As GPT-NeoX; the attention module adds the residual, so only its projections are looked at."""
+    del model
+    heads = config.num_attention_heads
+    return Family("h", _BY_HEAD, _FOUR_H, heads, heads)
+
+
+@register("falcon")
+def falcon(model: nn.Module, config: Any) -> Family:
+    """Three layouts that differ in the number of kv heads alone: given, one, or one per query head."""
+    del model
+    heads = config.num_attention_heads
+    kv_heads = 1 if config.multi_query else heads
+    if config.new_decoder_architecture:  # goes before multi_query, as in the model
+        kv_heads = config.num_kv_heads
+    return Family("h", _BY_HEAD, _FOUR_H, heads, kv_heads)
+
+
+@register("mpt")
+def mpt(model: nn.Module, config: Any) -> Family:
+    """All queries, all keys, all values."""
+    del model
+    return Family(
+        layers="blocks",
+        attention=Concat("attn", fused="Wqkv", output="out_proj"),
+        mlp=Mlp("ffn", expand=("up_proj",), contract="down_proj"),
+        n_heads=config.n_heads,
+        n_kv_heads=config.n_heads,
+    )
+
+
+@register("codegen")
+def codegen(model: nn.Module, config: Any) -> Family:
+    """Four parts, each [queries | values | keys]: values come before keys."""
+    del model
+    return Family(
+        layers="h",
+        attention=Sectioned("attn", fused="qkv_proj", output="out_proj", sections=4, order=("Q", "V", "K")),
+        mlp=Mlp("mlp", expand=("fc_in",), contract="fc_out"),
+        n_heads=config.num_attention_heads,
+        n_kv_heads=config.num_attention_heads,
+    )
+
+
+@register("phi3")
+def phi3(model: nn.Module, config: Any) -> Family:
+    """All queries, all keys, all values; the MLP's gate and up projections are one, too."""
+    del model
+    return decoder(
+        config,
+        Concat("self_attn", fused="qkv_proj", output="o_proj"),
+        Mlp("mlp", expand=("gate_up_proj",), contract="down_proj", stacked=2),
+    )
