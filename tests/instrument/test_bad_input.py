@@ -94,7 +94,7 @@ def test_a_bad_line_of_a_jsonl_file(model: torch.nn.Module, out: Path, tmp_path:
 
 def test_a_row_longer_than_the_learned_positions(out: Path) -> None:
     """GPT-2 has 64 positions here: the row is named, and nothing is run."""
-    gpt2 = models.build(models.SETTINGS[-1])
+    gpt2 = models.build(models.named("gpt2"))
     with pytest.raises(DataError, match=r"a_0.*64"):
         fs.wrap(gpt2).collect({"a": [{"input_ids": [5] * 65}]}, out, quiet=True)
 
@@ -262,7 +262,7 @@ def test_the_model_is_left_as_it_was(model: torch.nn.Module, tmp_path: Path) -> 
 
 def test_position_ids_that_ignore_padding_are_found(out: Path) -> None:
     """The check takes the batch with the most padding: left pads with positions from 0 couple samples."""
-    model = models.build(models.SETTINGS[-1])
+    model = models.build(models.named("gpt2"))
 
     def careless(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         positions = torch.arange(batch.input_ids.shape[1]).expand_as(batch.input_ids)
