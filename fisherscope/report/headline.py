@@ -111,7 +111,7 @@ def _stress(result: InterferenceResult) -> Html:
             best = rows.sort_values(column, ascending=False, kind="stable").iloc[0]
             place = join([_strong(slice_name(best)), f" (score {short(best[column])})"])
             lines.append((f"{a} on {b}", place))
-    which = "Mean score" if column == "mean" else "Mean score of the first task's top 5% of samples"
+    which = "Mean score" if column == "mean" else "Score that 5% of the first task's samples exceed"
     return _listed(lines, f"{which} on a head slice. Compare slices, not pairs of tasks.")
 
 

@@ -283,5 +283,5 @@ def test_data_saves_and_loads(result, tmp_path):
 def test_summary_does_not_overclaim(result):
     """It names slices and pairs, and says what the score does not tell."""
     text = result.summary()
-    assert "math on code: the mean score of the top 5% of math's samples is highest at L" in text
+    assert "math on code: the score that 5% of math's samples exceed is highest at L" in text
     assert "not whether that helps or harms" in text

@@ -79,7 +79,7 @@ class InterferenceResult(Result):
             if pd.isna(worst[value]):
                 lines.append(f"{a} on {b}: no pairs of samples.")
                 continue
-            what = "mean score" if value == "mean" else f"mean score of the top 5% of {a}'s samples"
+            what = "mean score" if value == "mean" else f"score that 5% of {a}'s samples exceed"
             line = f"{a} on {b}: the {what} is highest at {slice_name(worst)} ({worst[value]:.3g}"
             overall = rows[value].mean()
             line += (

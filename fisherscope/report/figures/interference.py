@@ -27,9 +27,9 @@ def _map(a: str, b: str, rows: pd.DataFrame, value: str) -> Figure:
         Hover("F below epsilon", "below_epsilon", ".1%"),
         Hover("damping", "ridge"),
     ]
-    which = "mean" if value == "mean" else f"mean (of the top 5% of {a}'s samples)"
+    which = "mean score" if value == "mean" else f"score that 5% of {a}'s samples exceed"
     return Figure(
-        title=f"{a} on {b}: {which} interference score per head slice",
+        title=f"{a} on {b}: {which}, per head slice",
         plot=head_map(rows, value, "score", hover=hover),
         caption=f"Over all pairs of a sample of {a}, whose contributions count, and one of {b}, whose "
         f"gradient moves the weights. {heads_note(rows)}".strip(),
