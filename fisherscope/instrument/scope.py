@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from fisherscope.adapters import resolve
-from fisherscope.errors import AdapterError, DataError, StoreFullError
+from fisherscope.errors import AdapterError, DataError, StoreError, StoreFullError
 from fisherscope.instrument.batch import auto_positions, plan_batches
 from fisherscope.instrument.collection import Collection, TaskPlan
 from fisherscope.instrument.data import Sample, prepare_task, read_jsonl
@@ -383,13 +383,17 @@ def _nothing_half_written(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception:
-        if (
-            is_new
-            and path.is_dir()
-            and not any(open_store(path).committed(t) for t in open_store(path).tasks)
-        ):
+        if is_new and path.is_dir() and not _has_samples(path):
             shutil.rmtree(path)
         raise
+
+
+def _has_samples(path: Path) -> bool:
+    try:
+        store = open_store(path)
+    except StoreError:
+        return False
+    return any(store.committed(task) for task in store.tasks)
 
 
 def _refuse_if_disk_is_small(estimate: Estimate, path: Path) -> None:

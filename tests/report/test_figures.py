@@ -54,7 +54,7 @@ def test_a_map_of_zeros_and_gaps(saved):
 
 
 def test_interference_draws_what_tells_tasks_apart(saved):
-    """With the F of the first task, C / F averages to 1 over its samples: the map is of the demanding ones."""
+    """With the F of the first task its C / F averages to 1: the map is of the demanding samples."""
     result = saved.report["interference"]
     figure = figures_of(result)[0]
     assert "5% of math's samples exceed" in figure.title
