@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-import shutil
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,14 +15,15 @@ import torch
 from torch import nn
 
 from fisherscope.adapters import resolve
-from fisherscope.errors import AdapterError, DataError, StoreError, StoreFullError
-from fisherscope.instrument.batch import auto_positions, plan_batches
+from fisherscope.errors import AdapterError, DataError
+from fisherscope.instrument.batch import plan_batches
 from fisherscope.instrument.collection import Collection, TaskPlan
 from fisherscope.instrument.data import Sample, prepare_task, read_jsonl
 from fisherscope.instrument.estimate import Estimate, estimate_bytes
 from fisherscope.instrument.extensions import Extension
 from fisherscope.instrument.extensions.base import Context
-from fisherscope.instrument.fingerprint import config_digest, digest, tokenizer_digest, weights_digest
+from fisherscope.instrument.guards import nothing_half_written, random_state, refuse_if_disk_is_small
+from fisherscope.instrument.header import make_header
 from fisherscope.instrument.hooks import prepared
 from fisherscope.instrument.objectives import Objective, resolve_objective
 from fisherscope.instrument.options import CollectOptions, ComputeDtype, Durability
@@ -36,8 +36,6 @@ from fisherscope.linalg import Dense
 from fisherscope.store import ContributionStore, StoreHeader, StoreWriter, open_store
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from fisherscope.adapters.registry import Probe
     from fisherscope.instrument.batch import BatchSize
 
@@ -204,13 +202,13 @@ class Scope:
         objective_name, function = resolve_objective(options.objective)
         header = self._header(options, objective_name)
         estimate = self._estimate(samples, options)
-        _refuse_if_disk_is_small(estimate, path)
-        with _nothing_half_written(path), ExitStack() as stack:
+        refuse_if_disk_is_small(estimate, path)
+        with nothing_half_written(path), ExitStack() as stack:
             writer = stack.enter_context(
                 StoreWriter.open(path, header, durability=options.durability, resume=options.resume)
             )
             stop = stack.enter_context(stop_on_signals())
-            stack.enter_context(_random_state(options.seed, deterministic=options.deterministic))
+            stack.enter_context(random_state(options.seed, deterministic=options.deterministic))
             stack.enter_context(prepared(self.model))
             if not options.quiet:
                 sys.stderr.write(f"collect: {estimate}\n")
@@ -279,52 +277,18 @@ class Scope:
         )
 
     def _header(self, options: CollectOptions, objective_name: str) -> StoreHeader:
-        gradients = options.sample_gradients
-        stored = gradients.chosen(self.layout, self.parameters) if gradients else ()
-        fisher = options.fisher
-        config = self.model.config
-        fingerprint = {
-            "weights": weights_digest(self.model),
-            "config": config_digest(config),
-            "attention": str(getattr(config, "_attn_implementation", None)),
-            "tokenizer": tokenizer_digest(self.tokenizer),
-            "objective": objective_name,
-            "parameters": digest(self.parameters),
-            "device": self._device_and_dtype()[0].type,
-            "pad_side": self._pad_side(),
-            # the plan of batches follows from this, the batch size and the samples
-            "batch_positions": auto_positions(self._device_and_dtype()[0]),
-            **options.identity(),
-        }
-        return StoreHeader(
-            fingerprint=fingerprint,
-            layout=self.layout,
-            parameters=self.parameters,
-            gradient_parameters=stored,
-            gradient_dtype=gradients.dtype if gradients else "bfloat16",
-            normalization="per_token" if fisher is None else fisher.normalization,
-            fisher_shape="groups" if fisher is None else fisher.shape,
-            options=options.identity() | {"objective": objective_name, "max_samples": options.max_samples},
-            provenance=self._provenance(),
-        )
-
-    def _provenance(self) -> dict[str, Any]:
-        import transformers
-
-        from fisherscope.versions import __version__
-
         device, dtype = self._device_and_dtype()
-        return {
-            "fisherscope": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": ".".join(map(str, sys.version_info[:3])),
-            "model_class": type(self.model).__name__,
-            "model_name": str(getattr(self.model.config, "_name_or_path", "")),
-            "model_parameters": sum(p.numel() for p in self.model.parameters()),
-            "model_dtype": str(dtype).removeprefix("torch."),
-            "device": str(device),
-        }
+        return make_header(
+            self.model,
+            self.tokenizer,
+            self.layout,
+            self.parameters,
+            options,
+            objective=objective_name,
+            pad_side=self._pad_side(),
+            device=device,
+            dtype=dtype,
+        )
 
     def _estimate(self, samples: Mapping[str, Sequence[Sample]], options: CollectOptions) -> Estimate:
         gradients = options.sample_gradients
@@ -374,52 +338,3 @@ class Scope:
     def _device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
         weight = self.model.get_input_embeddings().weight  # type: ignore[operator]
         return weight.device, weight.dtype
-
-
-@contextmanager
-def _nothing_half_written(path: Path) -> Iterator[None]:
-    """Take away a store that this call began and that fails before it has committed a sample."""
-    is_new = not path.exists()
-    try:
-        yield
-    except Exception:
-        if is_new and path.is_dir() and not _has_samples(path):
-            shutil.rmtree(path)
-        raise
-
-
-def _has_samples(path: Path) -> bool:
-    try:
-        store = open_store(path)
-    except StoreError:
-        return False
-    return any(store.committed(task) for task in store.tasks)
-
-
-def _refuse_if_disk_is_small(estimate: Estimate, path: Path) -> None:
-    parent = path.absolute()
-    while not parent.exists():
-        parent = parent.parent
-    there = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else 0
-    needed, free = estimate.disk_bytes - there, shutil.disk_usage(parent).free
-    if needed > free:
-        raise StoreFullError(
-            f"{path} would take {needed:,} bytes more and {free:,} are free. Cheaper: leave out "
-            '"sample_gradients" (group values stay), store fewer with SampleGradients(parameters=[...]), '
-            'use Fisher(shape="groups"), or max_samples'
-        )
-
-
-@contextmanager
-def _random_state(seed: int, *, deterministic: bool) -> Iterator[None]:
-    """A seeded random state, and the one before restored."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
-    before = torch.are_deterministic_algorithms_enabled()
-    with torch.random.fork_rng(devices=list(devices)):
-        torch.manual_seed(seed)
-        if deterministic:
-            torch.use_deterministic_algorithms(mode=True)
-        try:
-            yield
-        finally:
-            torch.use_deterministic_algorithms(mode=before)

@@ -1,0 +1,68 @@
+"""What surrounds a collection: room on the disk, nothing left behind, and the random state restored."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from fisherscope.errors import StoreError, StoreFullError
+from fisherscope.instrument.estimate import Estimate
+from fisherscope.store import open_store
+
+
+@contextmanager
+def nothing_half_written(path: Path) -> Iterator[None]:
+    """Take away a store that this call began and that fails before it has committed a sample."""
+    is_new = not path.exists()
+    try:
+        yield
+    except Exception:
+        if is_new and path.is_dir() and not _has_samples(path):
+            shutil.rmtree(path)
+        raise
+
+
+def _has_samples(path: Path) -> bool:
+    try:
+        store = open_store(path)
+    except StoreError:
+        return False
+    return any(store.committed(task) for task in store.tasks)
+
+
+def refuse_if_disk_is_small(estimate: Estimate, path: Path) -> None:
+    """Compare what is still to be written with what is free.
+
+    Raises:
+        StoreFullError: the disk cannot hold it; the message names cheaper ways.
+    """
+    parent = path.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    there = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else 0
+    needed, free = estimate.disk_bytes - there, shutil.disk_usage(parent).free
+    if needed > free:
+        raise StoreFullError(
+            f"{path} would take {needed:,} bytes more and {free:,} are free. Cheaper: leave out "
+            '"sample_gradients" (group values stay), store fewer with SampleGradients(parameters=[...]), '
+            'use Fisher(shape="groups"), or max_samples'
+        )
+
+
+@contextmanager
+def random_state(seed: int, *, deterministic: bool) -> Iterator[None]:
+    """A seeded random state, and the one before restored."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
+    before = torch.are_deterministic_algorithms_enabled()
+    with torch.random.fork_rng(devices=list(devices)):
+        torch.manual_seed(seed)
+        if deterministic:
+            torch.use_deterministic_algorithms(mode=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(mode=before)

@@ -1,0 +1,88 @@
+"""The header of a store: what identifies the run, and where it came from."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+from fisherscope.instrument.batch import auto_positions
+from fisherscope.instrument.fingerprint import config_digest, digest, tokenizer_digest, weights_digest
+from fisherscope.instrument.options import CollectOptions
+from fisherscope.layout import ModelLayout
+from fisherscope.store import StoreHeader
+
+
+def make_header(
+    model: nn.Module,
+    tokenizer: Any,
+    layout: ModelLayout,
+    parameters: tuple[str, ...],
+    options: CollectOptions,
+    *,
+    objective: str,
+    pad_side: str,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> StoreHeader:
+    """Describe a run; a store is resumed only by a run with the same identity.
+
+    Args:
+        model: the model; its weights are hashed.
+        tokenizer: its tokenizer or None.
+        layout: where heads live.
+        parameters: the instrumented ones.
+        options: of the collection.
+        objective: identity of the objective.
+        pad_side: where batches are padded.
+        device, dtype: of the model's embeddings.
+
+    Raises:
+        NonFiniteError: a weight is NaN or infinite.
+    """
+    gradients, fisher = options.sample_gradients, options.fisher
+    identity = options.identity()
+    fingerprint = {
+        "weights": weights_digest(model),
+        "config": config_digest(model.config),
+        "attention": str(getattr(model.config, "_attn_implementation", None)),
+        "tokenizer": tokenizer_digest(tokenizer),
+        "objective": objective,
+        "parameters": digest(parameters),
+        "device": device.type,
+        "pad_side": pad_side,
+        # the plan of batches follows from this, the batch size and the samples
+        "batch_positions": auto_positions(device),
+        **identity,
+    }
+    return StoreHeader(
+        fingerprint=fingerprint,
+        layout=layout,
+        parameters=parameters,
+        gradient_parameters=gradients.chosen(layout, parameters) if gradients else (),
+        gradient_dtype=gradients.dtype if gradients else "bfloat16",
+        normalization="per_token" if fisher is None else fisher.normalization,
+        fisher_shape="groups" if fisher is None else fisher.shape,
+        options=identity | {"objective": objective, "max_samples": options.max_samples},
+        provenance=_provenance(model, device, dtype),
+    )
+
+
+def _provenance(model: nn.Module, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    import transformers
+
+    from fisherscope.versions import __version__
+
+    return {
+        "fisherscope": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": ".".join(map(str, sys.version_info[:3])),
+        "model_class": type(model).__name__,
+        "model_name": str(getattr(model.config, "_name_or_path", "")),
+        "model_parameters": sum(p.numel() for p in model.parameters()),
+        "model_dtype": str(dtype).removeprefix("torch."),
+        "device": str(device),
+    }
