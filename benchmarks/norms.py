@@ -47,7 +47,7 @@ def main() -> None:
             if repeat:
                 ratios.append(gram / dense)
         ratio = statistics.median(ratios)
-        chosen = cost.gram_is_cheaper(n, positions, (width, width), heads)
+        chosen = cost.gram_is_cheaper(positions, (width, width), heads)
         # within a quarter of each other either choice is right
         right = "yes" if chosen == (ratio < 1) or 0.8 < ratio < 1.25 else "no"
         choice = "Gram" if chosen else "material"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import transformers
@@ -176,3 +177,21 @@ def relative_error(found: Tensor, expected: Tensor, *, floor: float = 0.0) -> fl
     """Largest difference relative to the largest expected entry, or to ``floor`` if that is larger."""
     scale = expected.abs().max().clamp_min(max(floor, torch.finfo(torch.float32).tiny))
     return float((found - expected).abs().max() / scale)
+
+
+class PadsOnTheLeft:
+    """The least that a collection needs to know of a tokenizer: where it pads, and no pad token."""
+
+    padding_side = "left"
+    pad_token_id = None
+    chat_template = None
+
+    @property
+    def special_tokens_map(self) -> dict[str, str]:
+        return {}
+
+    def get_vocab(self) -> dict[str, int]:
+        return {}
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        return " ".join(map(str, ids))

@@ -9,14 +9,13 @@ from fisherscope.layout import Partition
 _PASS_COST = 12.0
 
 
-def gram_is_cheaper(n: int, positions: int, shape: tuple[int, ...], partition: Partition | None) -> bool:
+def gram_is_cheaper(positions: int, shape: tuple[int, ...], partition: Partition | None) -> bool:
     """Whether norms come cheaper from a Gram matrix over positions than from the gradients themselves.
 
     Per sample, with T positions and a parameter [R, C] cut along R, the Gram route forms the T x T Gram
     of the other side (T^2 C) and multiplies it with the cut side (T^2 R); materialising costs T R C and a
     few passes over R C entries.
     """
-    del n
     rows, columns = shape
     width = rows if partition is None or partition.axis == 0 else columns
     gram = positions * positions * (rows + columns) + 2 * _PASS_COST * positions * width

@@ -138,7 +138,7 @@ class Factored(PerSampleGradient):
         grams: dict[int, Tensor] = {}
         rest = []
         for k, partition in enumerate(partitions):
-            if cost.gram_is_cheaper(self.n, self.positions, self.shape, partition):
+            if cost.gram_is_cheaper(self.positions, self.shape, partition):
                 results[k] = self._gram_norms(partition, grams)
             else:
                 rest.append(k)

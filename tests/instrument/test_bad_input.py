@@ -32,25 +32,6 @@ from tests import models
 SETTING = next(s for s in models.SETTINGS if s.name == "qwen2")
 
 
-class LeftPadding:
-    """The least that a collection needs to know of a tokenizer that pads on the left."""
-
-    padding_side = "left"
-    pad_token_id = 0
-    eos_token_id = 2
-    chat_template = None
-
-    @property
-    def special_tokens_map(self) -> dict[str, str]:
-        return {}
-
-    def get_vocab(self) -> dict[str, int]:
-        return {}
-
-    def decode(self, ids: list[int], **_: Any) -> str:
-        return " ".join(map(str, ids))
-
-
 @pytest.fixture
 def model() -> torch.nn.Module:
     return models.build(SETTING)
@@ -270,7 +251,9 @@ def test_position_ids_that_ignore_padding_are_found(out: Path) -> None:
 
     data = [{"input_ids": list(range(3, 3 + n))} for n in (5, 5, 5, 5, 6, 9, 12, 20)]
     with pytest.raises(CoupledSamplesError, match="position ids"):
-        fs.wrap(model, LeftPadding()).collect({"a": data}, out, objective=careless, batch_size=4, quiet=True)
+        fs.wrap(model, models.PadsOnTheLeft()).collect(
+            {"a": data}, out, objective=careless, batch_size=4, quiet=True
+        )
 
 
 def test_an_objective_of_ones_own_is_known_by_its_code(model: torch.nn.Module, tmp_path: Path) -> None:

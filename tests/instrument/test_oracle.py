@@ -39,24 +39,6 @@ class PaddedBatches:
             yield batch
 
 
-class PadsOnTheLeft:
-    """The least that a collection needs to know of a tokenizer: where it pads, and no pad token."""
-
-    padding_side = "left"
-    pad_token_id = None
-    chat_template = None
-
-    @property
-    def special_tokens_map(self) -> dict[str, str]:
-        return {}
-
-    def get_vocab(self) -> dict[str, int]:
-        return {}
-
-    def decode(self, ids: list[int], **_: Any) -> str:
-        return " ".join(map(str, ids))
-
-
 @pytest.fixture(params=models.SETTINGS, ids=lambda s: s.name)
 def setting(request: pytest.FixtureRequest) -> models.Setting:
     chosen: models.Setting = request.param
@@ -72,7 +54,7 @@ def model(setting: models.Setting) -> torch.nn.Module:
 def test_gradients_and_fisher_equal_the_loop(model: torch.nn.Module, side: str, tmp_path: Path) -> None:
     """Per-sample gradients, F and mean h of every instrumented parameter, padded on either side."""
     data = models.rows(7)
-    scope = fs.wrap(model, PadsOnTheLeft() if side == "left" else None)
+    scope = fs.wrap(model, models.PadsOnTheLeft() if side == "left" else None)
     store = scope.collect({"a": data}, tmp_path / "run.fs", extensions=EXACT, batch_size=4, quiet=True)
     expected = models.loop(model, data)
     counts = torch.tensor([models.tokens(row) for row in data])
