@@ -53,7 +53,7 @@ def estimates(config: PretrainedConfig, samples: int, tokens: int) -> dict[str, 
     """Three presets: group values only, full-shape Fisher, and Fisher with attention gradients."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    layout = resolve(model, probe=False)
+    layout = resolve(model, verify=False)
     parameters = select_targets(model, layout, "linear").parameters
     ids = tuple(range(3, 3 + tokens))
     rows = {"task": [Sample(ids, ids, None)] * samples}

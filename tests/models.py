@@ -16,10 +16,12 @@ VOCABULARY = 61
 
 @dataclass(frozen=True)
 class Setting:
-    """One model: its id in test names and how to build its config."""
+    """One model: its id in test names, how to build its config, and how many attention layers it has."""
 
     name: str
     config: Callable[[], transformers.PretrainedConfig]
+    auto: str = "AutoModelForCausalLM"
+    attention_layers: int = 2
 
 
 def _config(name: str, **changes: object) -> Callable[[], transformers.PretrainedConfig]:
@@ -69,6 +71,35 @@ def _gpt_neo() -> transformers.PretrainedConfig:
 def _moe(name: str, **changes: object) -> Callable[[], transformers.PretrainedConfig]:
     sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
     return _config(name, **(sizes | changes))
+
+
+def _latent(**changes: object) -> Callable[[], transformers.PretrainedConfig]:
+    """DeepSeek's attention: the sizes of query, key and value all differ."""
+    sizes = {
+        "num_key_value_heads": 4,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 12,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 6,
+        "v_head_dim": 10,
+        "n_routed_experts": 4,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+    }
+    return _moe("DeepseekV3Config", **(sizes | changes))
+
+
+def _vit() -> transformers.PretrainedConfig:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
+    return transformers.ViTConfig(**sizes, image_size=16, patch_size=8, num_labels=5)
+
+
+def _t5(**changes: object) -> Callable[[], transformers.PretrainedConfig]:
+    sizes = {"d_model": 32, "d_kv": 6, "num_layers": 2, "num_heads": 4, "d_ff": 40, "vocab_size": VOCABULARY}
+    return lambda: transformers.T5Config(
+        **(sizes | {"decoder_start_token_id": 0, "pad_token_id": 0} | changes)
+    )
 
 
 SETTINGS = [
@@ -122,19 +153,62 @@ SETTINGS = [
     Setting("qwen2_moe", _moe("Qwen2MoeConfig", shared_expert_intermediate_size=24, decoder_sparse_step=2)),
     Setting("qwen3_moe", _moe("Qwen3MoeConfig", head_dim=12)),
     Setting("olmoe", _config("OlmoeConfig", num_experts=4, num_experts_per_tok=2)),
+    Setting("gpt_oss", _moe("GptOssConfig", num_local_experts=4, head_dim=8, sliding_window=4)),
+    Setting(
+        "qwen3_next",
+        _moe(
+            "Qwen3NextConfig",
+            head_dim=8,
+            num_hidden_layers=4,
+            layer_types=["full_attention", "linear_attention"] * 2,
+            shared_expert_intermediate_size=24,
+            linear_num_value_heads=2,
+            linear_num_key_heads=2,
+            linear_key_head_dim=8,
+            linear_value_head_dim=8,
+        ),
+    ),
+    Setting(
+        "llama4",
+        _config(
+            "Llama4TextConfig",
+            head_dim=8,
+            intermediate_size_mlp=24,
+            num_local_experts=4,
+            interleave_moe_layer_step=2,
+            attention_chunk_size=8,
+        ),
+    ),
+    Setting("deepseek_v3", _latent()),
+    Setting("deepseek_v3-direct-queries", _latent(q_lora_rank=None, attention_bias=True)),
 ]
+
+# Models that are no causal language models.
+OTHERS = [
+    Setting("bert", _config("BertConfig"), "AutoModelForMaskedLM"),
+    Setting("roberta", _config("RobertaConfig"), "AutoModelForMaskedLM"),
+    Setting("vit", _vit, "AutoModelForImageClassification"),
+    Setting("t5", _t5(), "AutoModelForSeq2SeqLM", attention_layers=6),
+    Setting(
+        "t5-gated",
+        _t5(feed_forward_proj="gated-gelu", num_decoder_layers=1),
+        "AutoModelForSeq2SeqLM",
+        attention_layers=4,
+    ),
+]
+ALL = [*SETTINGS, *OTHERS]
 
 
 def named(name: str) -> Setting:
     """The setting of that name."""
-    return next(setting for setting in SETTINGS if setting.name == name)
+    return next(setting for setting in ALL if setting.name == name)
 
 
 def build(setting: Setting, *, seed: int = 0) -> nn.Module:
     """A random model whose biases and norms are random, too, so that nothing is accidentally zero."""
     torch.manual_seed(seed)
     config = setting.config()
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    model = getattr(transformers, setting.auto).from_config(config)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for parameter in model.parameters():

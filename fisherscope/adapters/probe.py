@@ -3,209 +3,438 @@
 Random *outputs* take the place of the projections' own, so no weight is touched, no copy is made, and pruned
 or saturated heads are seen to act like others. All perturbations run in one forward pass, one batch row each,
 which stops at the O projection's input.
-In a causal model position 0 attends to itself alone, which tells the three roles apart: changing the query
-there changes nothing, the key changes later positions only, the value changes position 0 too.
-Where a norm over all heads ties the heads of a block, turning a head's output around leaves the norm as it is
+
+The roles are told apart in any model, causal or not. A query changes the context of its own position alone; a
+key or a value changes that of other positions. Where all values are zero the context is zero: there queries
+and keys change nothing. Where the query projection also gates the context, all keys are zero once: then
+queries change nothing, and gates do.
+
+Where a norm over all heads ties the heads of a block, exchanging entries of one head leaves the norm as it is
 and moves that head alone; a loud output drowns all other heads. Loud outputs also show ties nobody declared.
+A single entry of a query or key must move the whole context of its heads: it does not where two heads were
+taken for one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from fisherscope.adapters.inputs import run_small
+from fisherscope.adapters.modules import is_linear_map
 from fisherscope.errors import AdapterError
-from fisherscope.layout import AttentionLayout, HeadBlock, ModelLayout
+from fisherscope.layout import AttentionLayout, HeadBlock, MlpLayout, ModelLayout, Partition
 
-_POSITIONS = 5
 _DRAWS = 8
+_CHANNELS = 6
+
+Change = Literal["added", "loud", "entry"]
+Silent = Literal["", "V", "K"]
 
 
-class _ContextCaptured(Exception):  # noqa: N818 - control flow, never seen outside
-    """Ends the forward pass once the context is known."""
+class _Captured(BaseException):
+    """Ends the forward pass once the tensor looked for is known."""
 
 
 @dataclass(frozen=True)
 class _Perturbation:
+    """One batch row: what is changed in it, and which block is silent in the whole row."""
+
     block: HeadBlock
     head: int
-    position: int
-    change: Literal["added", "turned", "loud"] = "added"
+    change: Change
+    silent: Silent
+    coupled: bool
+    at: int | None = None
 
     @property
     def path(self) -> str:
         """The projection whose output is perturbed."""
-        return self.block.weight.parameter.rpartition(".")[0]
+        return _projection_of(self.block.weight)
+
+    @property
+    def position(self) -> int:
+        """Queries at the last position, which sees all; keys and values at the first, which all see."""
+        if self.at is not None:
+            return self.at
+        return 0 if self.block.name in {"K", "V"} else -1
 
     def apply(self, row: Tensor, generator: torch.Generator) -> None:
         """Change the head's entries of one row of the projection's output, ``[positions, features]``."""
         start, width = self.block.weight.starts[self.head], self.block.weight.width
         entries = row[self.position, start : start + width]
-        if self.change == "turned":
+        if self.change == "entry":
+            if self.coupled:
+                entries[:2] = entries[:2].flip(0)
+            else:
+                entries[0] += 4.0 * math.sqrt(width)
+        elif self.coupled and self.change == "added":
             entries.copy_(entries.flip(0))
         else:
             scale = 2.0 if self.change == "added" else 4.0 * math.sqrt(self.block.heads)
             entries += scale * torch.randn(width, generator=generator)
 
 
-def verify_layout(model: nn.Module, layout: ModelLayout, *, every_layer: bool = False) -> None:
-    """Confirm every head of Q, K, V and O of the first attention layer of each kind, or of every layer.
+@dataclass(frozen=True)
+class _Problem:
+    """What is wrong; final if something moved that must not, which no other draw can mend."""
 
-    Layers are of one kind when their blocks have the same shapes and heads. Nothing in the model changes.
+    message: str
+    is_final: bool
+
+
+@dataclass(frozen=True)
+class _Movement:
+    """What moved in the context, in any draw.
+
+    Attributes:
+        heads: ``[perturbations, positions, heads]``.
+        tails: ``[perturbations, heads]``: the second half of each head's context.
+    """
+
+    heads: Tensor
+    tails: Tensor
+
+    def __or__(self, other: _Movement) -> _Movement:
+        return _Movement(self.heads | other.heads, self.tails | other.tails)
+
+
+def verify_layout(model: nn.Module, layout: ModelLayout, *, every_layer: bool = False) -> None:
+    """Confirm every head of Q, K, V and O, and channels, of the first layer of each kind, or of all.
+
+    Layers are of one kind when their parts have the same shapes, heads and couplings. Nothing in the model
+    changes.
+
+    Raises:
+        AdapterError: another head or channel moved than the layout says; the message tells which.
+    """
+    seen: set[Any] = set()
+    parts: list[AttentionLayout | MlpLayout] = [*layout.attention, *layout.mlps]
+    for part in parts:
+        kind = kind_of(part)
+        if not every_layer and kind in seen:
+            continue
+        seen.add(kind)
+        try:
+            if isinstance(part, AttentionLayout):
+                verify_attention(model, part)
+            else:
+                verify_channels(model, part)
+        except AdapterError as error:
+            raise AdapterError(
+                f"the layout of {layout.model_type!r} is wrong at {part.module}: {error}"
+            ) from None
+
+
+def kind_of(part: AttentionLayout | MlpLayout) -> tuple[Any, ...]:
+    """What layers have in common that one check is enough for, unless all are asked for."""
+    if isinstance(part, MlpLayout):
+        return (part.stack, *((p.shape, p.axis, p.starts[0]) for p in part.partitions))
+    blocks = ((b.name, b.weight.shape, b.weight.starts, b.weight.width) for b in part.blocks)
+    return (part.stack, part.coupled, *blocks)
+
+
+def verify_attention(model: nn.Module, attention: AttentionLayout) -> None:
+    """Confirm every head of one attention layer.
 
     Raises:
         AdapterError: another head moved than the layout says; the message tells which.
     """
-    seen = set()
-    for attention in layout.attention:
-        kind = (
-            tuple((b.name, b.weight.shape, b.weight.starts, b.weight.width) for b in attention.blocks),
-            attention.coupled,
-        )
-        if every_layer or kind not in seen:
-            seen.add(kind)
-            _verify_layer(model, layout.model_type, attention)
-
-
-def _verify_layer(model: nn.Module, model_type: str, attention: AttentionLayout) -> None:
-    where = f"the layout of {model_type!r} is wrong at {attention.module}"
     for block in attention.blocks:
         bias = block.bias
         if bias is not None and (bias.starts, bias.width) != (block.weight.starts, block.weight.width):
-            raise AdapterError(f"{where}: the bias of {block.name} is cut differently from its weight")
-    perturbations = list(_perturbations(attention))
-    moved: Tensor | None = None
-    problems: list[str] = []
-    for draw in range(_DRAWS):
+            raise AdapterError(f"the bias of {block.name} is cut differently from its weight")
+        if block.name in attention.coupled and block.weight.width == 1:
+            raise AdapterError(f"coupled heads of width 1 cannot be told apart in {block.name}")
+    projected = [b for b in attention.blocks if b.name in {"Q", "gate", "K", "V"}]
+    _refuse_other_maps(model, [*(_module_of(b.weight) for b in projected), attention.output])
+    perturbations = list(_perturbations(attention, projected))
+    # one head of each block is enough to refuse most wrong layouts
+    _confirm(model, attention, [p for p in perturbations if p.head == 0], draws=_DRAWS)
+    _confirm(model, attention, perturbations, draws=_DRAWS)
+    if attention.has("sink"):
+        _verify_sinks(model, attention)
+
+
+def is_causal(model: nn.Module, attention: AttentionLayout) -> bool:
+    """Whether the first position is blind to the last one."""
+    value = attention.block("V" if attention.has("V") else "K")
+    last = _Perturbation(value, 0, "loud", "", coupled=False, at=-1)
+    return not any(
+        _moved(_contexts(model, attention, [last], seed=draw), attention, [last]).heads[0, 0].any()
+        for draw in range(_DRAWS)
+    )
+
+
+def _confirm(
+    model: nn.Module, attention: AttentionLayout, perturbations: Sequence[_Perturbation], draws: int
+) -> None:
+    moved: _Movement | None = None
+    problem: _Problem | None = None
+    for draw in range(draws):
         # a saturated softmax can hide a movement but not invent one, so what moved in any draw counts
-        changed = _moved(_run(model, attention, perturbations, seed=draw), attention)
-        changed = _joined(changed, perturbations, attention)
-        moved = changed if moved is None else moved | changed
-        judged = (_judge(p, c, attention) for p, c in zip(perturbations, moved, strict=True))
-        problems = [problem for problem in judged if problem]
-        if not problems:
+        found = _moved(_contexts(model, attention, perturbations, seed=draw), attention, perturbations)
+        moved = found if moved is None else moved | found
+        problem = _first_problem(attention, perturbations, moved)
+        if problem is None:
             return
-    raise AdapterError(f"{where}: {problems[0]}")
+        if problem.is_final:
+            break
+    assert problem is not None
+    raise AdapterError(problem.message)
 
 
-def _perturbations(attention: AttentionLayout) -> Iterator[_Perturbation]:
-    """Pairs of a moderate and a loud change."""
-    for name, positions in (("Q", (0, _POSITIONS - 1)), ("K", (0,)), ("V", (0,))):
-        block = attention.block(name)
-        if name in attention.coupled and block.weight.width == 1:
-            raise AdapterError(f"{attention.module}: coupled heads of width 1 cannot be told apart")
+def verify_channels(model: nn.Module, mlp: MlpLayout) -> None:
+    """Confirm some channels of one MLP: each entry of an expanding projection moves one input of the other.
+
+    Raises:
+        AdapterError: another channel moved than the layout says.
+    """
+    *expand, contract = mlp.weights
+    count = mlp.channels
+    sample = sorted({round(i * (count - 1) / (_CHANNELS - 1)) for i in range(_CHANNELS)})
+    rows = [(partition, channel) for partition in expand for channel in sample]
+    _refuse_other_maps(model, [_module_of(p) for p in mlp.weights])
+    reached: Tensor | None = None
+    for draw in range(_DRAWS):
+        inputs = _channel_inputs(model, _module_of(contract), rows, seed=draw)
+        moved = _beyond_rounding(inputs[1:] - inputs[:1], inputs)
+        if reached is not None and reached.shape != moved.shape:
+            raise AdapterError(f"{_module_of(contract)} is given other positions each time, as an expert is")
+        reached = moved if reached is None else reached | moved
+        if all(bool(r[0, channel]) for r, (_, channel) in zip(reached, rows, strict=True)):
+            break
+    assert reached is not None
+    for (partition, channel), moved in zip(rows, reached, strict=True):
+        found = [int(i) for i in moved.any(0).nonzero().flatten()]
+        if found != [channel]:
+            raise AdapterError(
+                f"perturbing channel {channel} of {_module_of(partition)} moved the channels {found[:8]}"
+            )
+
+
+def _perturbations(attention: AttentionLayout, blocks: Sequence[HeadBlock]) -> Iterator[_Perturbation]:
+    for block in blocks:
+        coupled = block.name in attention.coupled
         for head in range(block.heads):
-            for position in positions:
-                yield _Perturbation(block, head, position, "turned" if name in attention.coupled else "added")
-                yield _Perturbation(block, head, position, "loud")
+            for silent in _silences(attention, block):
+                for change in ("added", "loud"):
+                    yield _Perturbation(block, head, change, silent, coupled)
+            if block.name in {"Q", "K"} and block.weight.width > 1:
+                yield _Perturbation(block, head, "entry", "", coupled)
 
 
-def _joined(changed: Tensor, perturbations: list[_Perturbation], attention: AttentionLayout) -> Tensor:
-    """One verdict for a moderate and a loud change of one head, which without coupling move the same.
+def _silences(attention: AttentionLayout, block: HeadBlock) -> Iterator[Silent]:
+    yield ""
+    if block.name != "V" and attention.has("V"):
+        yield "V"
+    if block.name in {"Q", "gate"} and attention.has("gate"):
+        yield "K"
 
-    Models scale scores differently: the moderate one may be too weak for low precision, the loud one
+
+def _first_problem(
+    attention: AttentionLayout, perturbations: Sequence[_Perturbation], moved: _Movement
+) -> _Problem | None:
+    """What is wrong with the heads that moved, first of all what no other draw can mend; None if nothing is.
+
+    A moderate and a loud change of one head, which without coupling move the same, have one verdict: models
+    scale scores differently, so that the moderate one may be too weak for low precision and the loud one
     saturate the softmax.
     """
-    joined = changed.clone()
-    for row in range(0, len(perturbations), 2):
-        if perturbations[row].block.name not in attention.coupled:
-            joined[row : row + 2] = changed[row] | changed[row + 1]
-    return joined
+    problems: list[_Problem] = []
+    for row, perturbation in enumerate(perturbations):
+        heads, tails = moved.heads[row], moved.tails[row]
+        if not perturbation.coupled and perturbation.change == "added":
+            heads = heads | moved.heads[row + 1]
+        elif not perturbation.coupled and perturbation.change == "loud":
+            continue
+        problem = _judge(perturbation, heads, tails, attention)
+        if problem is not None and problem.is_final:
+            return problem
+        if problem is not None:
+            problems.append(problem)
+    return problems[0] if problems else None
 
 
-def _judge(perturbation: _Perturbation, changed: Tensor, attention: AttentionLayout) -> str | None:
-    """What is wrong with the heads that moved, ``changed [positions, heads]``; None if nothing is."""
-    name, head = perturbation.block.name, perturbation.head
-    if name == "Q" and perturbation.position == 0:
-        if changed.any():
-            return f"what is called Q head {head} acts on other positions as a key or value does"
-        return None
-    if name in attention.coupled and perturbation.change == "loud":
-        expected = set(range(attention.n_heads))
-    elif name == "Q":
-        expected = {head}
-    else:
-        expected = {h for h in range(attention.n_heads) if attention.kv_head(h) == head}
-    found = {int(h) for h in changed.any(0).nonzero().flatten()}
+def _judge(p: _Perturbation, moved: Tensor, tails: Tensor, attention: AttentionLayout) -> _Problem | None:
+    """What is wrong with what one perturbation moved, ``moved [positions, heads]``, ``tails [heads]``."""
+    name, head = p.block.name, p.head
+    found = {int(h) for h in moved.any(0).nonzero().flatten()}
+    if p.silent == "V" or (p.silent == "K" and name == "Q"):
+        role = "a value" if p.silent == "V" else "a gate"
+        return _Problem(f"what is called {name} head {head} acts as {role} does", True) if found else None
+    mine = attention.query_heads(head) if name in {"K", "V"} else (head,)
+    expected = set(range(attention.n_heads)) if p.coupled and p.change == "loud" else set(mine)
     if found != expected:
-        return f"perturbing {name} head {head} moved heads {sorted(found)}, not {sorted(expected)}"
-    if name == "K" and changed[0].any():
-        return f"what is called K head {head} changes the first position, as a value does"
-    if name == "V" and not changed[0].any():
-        return f"what is called V head {head} leaves the first position alone, as a key does"
+        message = f"perturbing {name} head {head} moved heads {sorted(found)}, not {sorted(expected)}"
+        # the context is linear in the values: if none moves it in one draw, they are not values
+        return _Problem(message, is_final=not found <= expected or (name == "V" and not found))
+    elsewhere = moved.any(1)
+    elsewhere[p.position] = False
+    if name in {"K", "V"} and not elsewhere.any():
+        message = f"what is called {name} head {head} changes its own position alone, as a query does"
+        return _Problem(message, is_final=False)
+    if name not in {"K", "V"} and elsewhere.any():
+        message = f"what is called {name} head {head} acts on other positions as a key or value does"
+        return _Problem(message, is_final=True)
+    if p.change == "entry" and not tails[sorted(mine)].all():
+        message = f"one entry of {name} head {head} moved a part of the head's context: it is several heads"
+        return _Problem(message, is_final=False)
     return None
 
 
-def _moved(context: Tensor, attention: AttentionLayout) -> Tensor:
-    """Which heads' context moved at which positions, ``[perturbations, positions, heads]``."""
-    output = attention.block("O").weight
-    columns = [slice(start, start + output.width) for start in output.starts]
-    difference = (context[1:] - context[:1]).abs()
-    per_head = torch.stack([difference[..., c].amax(-1) for c in columns], -1)
-    tolerance = max(1.5 * torch.finfo(context.dtype).eps, 1e-4)
-    return per_head > tolerance * context.abs().max()
+def _moved(context: Tensor, attention: AttentionLayout, perturbations: Sequence[_Perturbation]) -> _Movement:
+    """Compare each row with the plain row that has the same block silent."""
+    block = attention.block("O").weight
+    plain = {"": 0, "V": 1, "K": 2}
+    references = context[[plain[p.silent] for p in perturbations]]
+    moved = _beyond_rounding(context[len(plain) :] - references, context)
+    columns = [slice(start, start + block.width) for start in block.starts]
+    heads = torch.stack([moved[..., c].any(-1) for c in columns], -1)
+    # where two or more heads were taken for one, the first of them ends before the middle
+    halves = [slice((c.start + c.stop) // 2, c.stop) for c in columns]
+    tails = torch.stack([moved[..., half].any(-1).any(-1) for half in halves], -1)
+    return _Movement(heads, tails)
 
 
-def _run(
-    model: nn.Module, attention: AttentionLayout, perturbations: list[_Perturbation], seed: int
+def _beyond_rounding(difference: Tensor, values: Tensor) -> Tensor:
+    tolerance = max(1.5 * torch.finfo(values.dtype).eps, 1e-4)
+    return difference.abs() > tolerance * values.abs().max()
+
+
+def _contexts(
+    model: nn.Module, attention: AttentionLayout, perturbations: Sequence[_Perturbation], seed: int
 ) -> Tensor:
-    """Contexts (inputs of the O projection) of a plain row followed by one row per perturbation."""
+    """Contexts (inputs of O) of three plain rows, with nothing, V or K silent, and of each perturbation."""
+    silences: list[Silent] = ["", "V", "K", *(p.silent for p in perturbations)]
+    generator = torch.Generator().manual_seed(seed)
+    quiet: dict[str, list[tuple[int, Partition]]] = {}
+    for row, silent in enumerate(silences):
+        if silent and attention.has(silent):
+            weight = attention.block(silent).weight
+            quiet.setdefault(_projection_of(weight), []).append((row, weight))
+    mine: dict[str, list[tuple[int, _Perturbation]]] = {}
+    for row, perturbation in enumerate(perturbations, start=len(silences) - len(perturbations)):
+        mine.setdefault(perturbation.path, []).append((row, perturbation))
+
+    def change(path: str) -> Callable[[Tensor], None]:
+        def apply(out: Tensor) -> None:
+            for row, weight in quiet.get(path, ()):
+                for start in weight.starts:
+                    out[row, :, start : start + weight.width] = 0
+            for row, perturbation in mine.get(path, ()):
+                perturbation.apply(out[row], generator)
+
+        return apply
+
+    changes = {path: change(path) for path in dict.fromkeys([*mine, *quiet])}
+    return _capture(model, attention.output, changes, len(silences), generator, "the O projection")
+
+
+def _channel_inputs(
+    model: nn.Module, contract: str, rows: Sequence[tuple[Partition, int]], seed: int
+) -> Tensor:
+    """Inputs of the contracting projection: of a plain row, then with one channel perturbed in each."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def change(path: str) -> Callable[[Tensor], None]:
+        def apply(out: Tensor) -> None:
+            for row, (partition, channel) in enumerate(rows, start=1):
+                if _projection_of(partition) == path:
+                    # both ways by turns: half of a rectifier's inputs hide a change in one direction
+                    out[row, 0, partition.starts[channel]] += 4.0 if seed % 2 else -4.0
+
+        return apply
+
+    changes = {path: change(path) for path in dict.fromkeys(_projection_of(p) for p, _ in rows)}
+    return _capture(model, contract, changes, 1 + len(rows), generator, "the contracting projection")
+
+
+def _capture(
+    model: nn.Module,
+    where: str,
+    changes: dict[str, Callable[[Tensor], None]],
+    rows: int,
+    generator: torch.Generator,
+    what: str,
+) -> Tensor:
+    """The input of one module, ``[rows, positions, features]``, with changed outputs before it."""
     captured: list[Tensor] = []
 
     def capture(_module: nn.Module, args: tuple[Any, ...]) -> None:
         captured.append(args[0].detach())
-        raise _ContextCaptured
+        raise _Captured
 
-    embeddings = model.get_input_embeddings()  # type: ignore[operator]
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, embeddings.num_embeddings, (1, _POSITIONS), generator=generator)
-    ids = ids.to(embeddings.weight.device).expand(1 + len(perturbations), -1)
-    by_module: dict[str, list[tuple[int, _Perturbation]]] = {}
-    for row, perturbation in enumerate(perturbations, start=1):
-        by_module.setdefault(perturbation.path, []).append((row, perturbation))
     with ExitStack() as stack:
-        stack.enter_context(_evaluating(model))
-        stack.enter_context(torch.no_grad())
-        for path, mine in by_module.items():
-            handle = model.get_submodule(path).register_forward_hook(_perturb(mine, generator))
-            stack.callback(handle.remove)
-        handle = model.get_submodule(attention.output).register_forward_pre_hook(capture)
+        for path, change in changes.items():
+            hook = _replace_output(change, rows, generator)
+            stack.callback(model.get_submodule(path).register_forward_hook(hook).remove)
+        handle = model.get_submodule(where).register_forward_pre_hook(capture)
         stack.callback(handle.remove)
-        stack.enter_context(suppress(_ContextCaptured))
-        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        stack.enter_context(suppress(_Captured))
+        run_small(model, rows, generator.initial_seed())
     if not captured:
-        raise AdapterError(f"{attention.output} was never called: it is not the O projection")
-    return captured[0]
+        raise AdapterError(f"{where} was never called: it is not {what}")
+    if captured[0].shape[0] % rows:
+        raise AdapterError(f"{where} is given {captured[0].shape[0]} rows for {rows}: it mixes samples")
+    return captured[0].reshape(rows, -1, captured[0].shape[-1])
 
 
-def _perturb(
-    mine: list[tuple[int, _Perturbation]], generator: torch.Generator
+def _replace_output(
+    change: Callable[[Tensor], None], rows: int, generator: torch.Generator
 ) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-    """A forward hook that gives all rows the same random output, and each row its perturbation."""
+    """A forward hook that gives all rows the same random output, and then each row its changes."""
 
     def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
-        noise = torch.randn(output.shape[1:], generator=generator)
-        out = noise.repeat(output.shape[0], 1, 1)
-        for row, p in mine:
-            p.apply(out[row], generator)
-        return out.to(output)
+        if output.numel() % (rows * output.shape[-1]):
+            raise AdapterError(f"a projection gives {tuple(output.shape)} for {rows} rows: it mixes samples")
+        positions = output.numel() // (rows * output.shape[-1])
+        noise = torch.randn(positions, output.shape[-1], generator=generator)
+        out = noise.repeat(rows, 1, 1)
+        change(out)
+        return out.reshape(output.shape).to(output)
 
     return hook
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; every module's own mode is restored."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+def _verify_sinks(model: nn.Module, attention: AttentionLayout) -> None:
+    """A head's sink takes attention away from that head alone."""
+    sinks = attention.block("sink").weight
+    value = model.get_parameter(sinks.parameter)
+    plain = _contexts(model, attention, [], seed=0)[:1]
+    for head, start in enumerate(sinks.starts):
+        before = value.detach().clone()
+        try:
+            with torch.no_grad():
+                value[start] += 1.0
+            context = _contexts(model, attention, [], seed=0)[:1]
+        finally:
+            with torch.no_grad():
+                value.copy_(before)
+        columns = attention.block("O").weight
+        moved = _beyond_rounding(context - plain, plain).any(1)[0]
+        found = [h for h, s in enumerate(columns.starts) if moved[s : s + columns.width].any()]
+        if found != [head]:
+            raise AdapterError(f"perturbing sink {head} moved heads {found}, not [{head}]")
+
+
+def _refuse_other_maps(model: nn.Module, paths: Sequence[str]) -> None:
+    """The projections are their weights' linear maps, and the weights lie the way they are cut."""
+    for path in dict.fromkeys(paths):
+        if not is_linear_map(model.get_submodule(path)):
+            raise AdapterError(f"{path} is not the linear map of its weight: its output is something else")
+
+
+def _module_of(partition: Partition) -> str:
+    return partition.parameter.rpartition(".")[0]
+
+
+def _projection_of(partition: Partition) -> str:
+    """The module whose output is the projection's: PEFT adds to the plain layer's."""
+    return _module_of(partition).partition(".base_layer")[0]

@@ -3,46 +3,51 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, Literal
 
 from torch import nn
 
-from fisherscope.adapters.build import Family, build_layout
+from fisherscope.adapters.build import Stack, build_layout, build_modules
+from fisherscope.adapters.detect import detect
 from fisherscope.adapters.probe import verify_layout
 from fisherscope.errors import AdapterError
 from fisherscope.layout import ModelLayout
 
 logger = logging.getLogger(__name__)
 
-FamilyFunction = Callable[[nn.Module, Any], Family]
-Probe = Literal["first", "all", False]
+Adapter = Callable[[nn.Module, Any], Stack | Sequence[Stack]]
+Verify = Literal["first", "all", False]
 
 ENTRY_POINT_GROUP = "fisherscope.adapters"
-_BUILT_IN = tuple(f"fisherscope.adapters.families.{name}" for name in ("gpt2", "llama", "fused", "experts"))
+_BUILT_IN = tuple(
+    f"fisherscope.adapters.families.{name}" for name in ("gpt2", "llama", "fused", "experts", "encoders")
+)
 
-_families: dict[str, FamilyFunction] = {}
+_adapters: dict[str, Adapter] = {}
 _loaded = False
 
 
-def register(*model_types: str) -> Callable[[FamilyFunction], FamilyFunction]:
+def register(*model_types: str) -> Callable[[Adapter], Adapter]:
     """Decorator: the function describes these ``config.model_type`` values.
 
-    The function takes the model and its text config and returns a
-    :class:`~fisherscope.adapters.build.Family`. A registration for a known type replaces it, with a notice.
+    The function takes the model and its text config and returns a :class:`~fisherscope.adapters.build.Stack`,
+    or several. A registration for a known type replaces it, with a notice.
     """
 
-    def decorate(function: FamilyFunction) -> FamilyFunction:
+    def decorate(function: Adapter) -> Adapter:
         register_adapter(function, *model_types)
         return function
 
     return decorate
 
 
-def register_adapter(function: FamilyFunction, *model_types: str) -> None:
-    """Register a family function without decorator syntax.
+def register_adapter(function: Adapter, *model_types: str) -> None:
+    """Register an adapter without decorator syntax.
 
     Raises:
         ValueError: no model type was given.
@@ -50,29 +55,47 @@ def register_adapter(function: FamilyFunction, *model_types: str) -> None:
     if not model_types:
         raise ValueError("name at least one config.model_type that the adapter describes")
     for model_type in model_types:
-        if _loaded and model_type in _families and _families[model_type] is not function:
+        if _loaded and _adapters.get(model_type, function) is not function:
             logger.warning("the adapter for model_type %r is replaced by %s", model_type, function)
-        _families[model_type] = function
+        _adapters[model_type] = function
 
 
 def known_model_types() -> list[str]:
     """All model types with an adapter, sorted."""
     _load()
-    return sorted(_families)
+    return sorted(_adapters)
 
 
-def resolve(model: nn.Module, *, probe: Probe = "first") -> ModelLayout:
+def registered_adapter(model_type: str) -> Adapter | None:
+    """The adapter of a model type, if there is one."""
+    _load()
+    return _adapters.get(model_type)
+
+
+def resolve(
+    model: nn.Module,
+    *,
+    adapter: Adapter | str | None = None,
+    verify: Verify = "first",
+    strict: bool = False,
+) -> ModelLayout:
     """The layout of a model, verified.
+
+    A model type that nobody registered is looked at more closely: projections and head counts are found
+    from its structure, and believed where the probe confirms them. Where it does not, a warning says so, and
+    the layout has the modules and their rows.
 
     Args:
         model: a transformers model.
-        probe: check the layout on the live model: the "first" attention layer of each kind, "all" layers,
-            or not at all (False).
+        adapter: an adapter to use in place of the registered one, or the model type whose adapter to use.
+        verify: check the layout on the live model: the "first" layer of each kind, "all" layers, or not at
+            all (False). What is detected is always checked.
+        strict: heads that cannot be confirmed are an error and not a warning.
 
     Raises:
-        AdapterError: no adapter for this model type, or the probe found that the layout is wrong.
+        AdapterError: the probe found that a registered layout is wrong, or ``strict`` and heads of an
+            unregistered type could not be confirmed.
     """
-    _load()
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "model_type"):
         raise AdapterError(
@@ -80,16 +103,49 @@ def resolve(model: nn.Module, *, probe: Probe = "first") -> ModelLayout:
             "for instance AutoModelForCausalLM.from_pretrained(...)"
         )
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    family = _families.get(config.model_type) or _families.get(text_config.model_type)
-    if family is None:
-        raise AdapterError(
-            f"no adapter for model_type {config.model_type!r}: register one with "
-            f"fisherscope.adapters.register, see docs/adapters.md (known: {', '.join(sorted(_families))})"
-        )
-    layout = build_layout(model, config.model_type, family(model, text_config))
-    if probe:
-        verify_layout(model, layout, every_layer=probe == "all")
+    chosen = _choose(adapter, config.model_type, text_config.model_type)
+    if chosen is None:
+        return _detected(model, config.model_type, every_layer=verify == "all", strict=strict)
+    layout = build_layout(model, config.model_type, chosen(model, text_config))
+    if verify:
+        verify_layout(model, layout, every_layer=verify == "all")
     return layout
+
+
+def _choose(adapter: Adapter | str | None, *model_types: str) -> Adapter | None:
+    if callable(adapter):
+        return adapter
+    if adapter is None:
+        return next((found for name in model_types if (found := registered_adapter(name))), None)
+    found = registered_adapter(adapter)
+    if found is None:
+        raise AdapterError(
+            f"no adapter is registered for {adapter!r}: `fisherscope adapters` lists the known model types"
+        )
+    return found
+
+
+def _detected(model: nn.Module, model_type: str, *, every_layer: bool, strict: bool) -> ModelLayout:
+    """The layout as far as it is confirmed, with a warning for what is not."""
+    try:
+        detection = detect(model, model_type)
+        layout, missing, reason = detection.layout, list(detection.without_heads), detection.reason
+        if every_layer:
+            verify_layout(model, layout, every_layer=True)
+    except AdapterError as error:
+        layout, missing, reason = build_modules(model, model_type), [], str(error)
+    if layout.attention and not missing:
+        return layout
+    where = f"{len(missing)} of its layers ({missing[0]}, ...)" if layout.attention else "any layer"
+    message = (
+        f"no adapter is registered for model_type {model_type!r}, and no heads could be confirmed in "
+        f"{where}: {reason}. What is left there is modules and rows; for heads, describe the layers in about "
+        "ten lines with fisherscope.adapters.register, see docs/adapters.md"
+    )
+    if strict:
+        raise AdapterError(message)
+    warnings.warn(message, stacklevel=4)
+    return layout if layout.attention else replace(layout, source="modules")
 
 
 def _load() -> None:

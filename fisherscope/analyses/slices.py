@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fisherscope.layout import AttentionLayout, Partition
-from fisherscope.layout.model import Part
+from fisherscope.layout.attention import Part
 from fisherscope.linalg.normalization import factors
 from fisherscope.store import ContributionStore
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fisherscope.adapters.injected import plain_layer
+from fisherscope.adapters.unwrap import uncompiled
 from fisherscope.errors import FisherscopeError
 from fisherscope.instrument.rules import LayerCall
 from fisherscope.instrument.targets import Site, Targets
@@ -180,17 +182,25 @@ def prepared(model: nn.Module) -> Iterator[None]:
             output.requires_grad_()
         return output
 
-    embeddings = model.get_input_embeddings()  # type: ignore[operator]
-    handle = embeddings.register_forward_hook(start_graph)
+    handles = [module.register_forward_hook(start_graph) for module in _token_embeddings(model)]
     try:
         model.eval()
         for parameter, _ in frozen:
             parameter.requires_grad_(False)
-        with torch.inference_mode(mode=False), torch.enable_grad():
+        with uncompiled(model), torch.inference_mode(mode=False), torch.enable_grad():
             yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         for module, training in modes:
             module.training = training
         for parameter, requires_grad in frozen:
             parameter.requires_grad_(requires_grad)
+
+
+def _token_embeddings(model: nn.Module) -> list[nn.Module]:
+    """The embedding of the input, and others with its weight: T5's encoder and decoder have one each."""
+    embeddings: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    shared = getattr(plain_layer(embeddings), "weight", None)
+    same = (m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is shared)
+    return list(dict.fromkeys([embeddings, *same]))

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from fisherscope.adapters.patterns import output_axis
+from fisherscope.adapters.modules import output_axis
 from fisherscope.instrument.batch import Batch
 from fisherscope.instrument.checks import check_losses
 from fisherscope.instrument.emission import Emission, Sinks

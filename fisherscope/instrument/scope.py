@@ -15,7 +15,9 @@ import torch
 from torch import nn
 
 from fisherscope.adapters import resolve
-from fisherscope.errors import AdapterError, DataError
+from fisherscope.adapters.injected import plain_layer
+from fisherscope.adapters.unwrap import unwrap, unwrap_pipeline
+from fisherscope.errors import DataError
 from fisherscope.instrument.batch import plan_batches
 from fisherscope.instrument.collection import Collection, TaskPlan
 from fisherscope.instrument.data import Sample, prepare_task, read_jsonl
@@ -36,7 +38,7 @@ from fisherscope.linalg import Dense
 from fisherscope.store import ContributionStore, StoreHeader, StoreWriter, open_store
 
 if TYPE_CHECKING:
-    from fisherscope.adapters.registry import Probe
+    from fisherscope.adapters.registry import Adapter, Verify
     from fisherscope.instrument.batch import BatchSize
 
 Tasks = Mapping[str, Iterable[Any] | str | Path]
@@ -45,36 +47,41 @@ _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
 def wrap(
-    model: nn.Module,
+    model: Any,
     tokenizer: Any = None,
     *,
     parameters: ParameterChoice = "linear",
-    probe: Probe = "first",
+    adapter: Adapter | str | None = None,
+    verify: Verify = "first",
+    strict: bool = False,
 ) -> Scope:
     """Instrument a HuggingFace model. Nothing in the model changes.
 
     Args:
-        model: a transformers model, for instance from ``AutoModelForCausalLM.from_pretrained``.
-        tokenizer: its tokenizer; needed for tasks of text only.
+        model: a transformers model, for instance from ``AutoModelForCausalLM.from_pretrained``, or what holds
+            one: a compiled model, ``DistributedDataParallel``, a PEFT model, a ``transformers`` pipeline.
+        tokenizer: its tokenizer; needed for tasks of text only. A pipeline brings its own.
         parameters: "attention" (Q, K, V, O), "linear" (all linear maps of the layers, with biases),
             "all", or a list of shell-style patterns of parameter names.
-        probe: verify the layout of heads on the "first" attention layer of each kind, on "all", or not at
-            all (False).
+        adapter: where the heads are, in place of what is registered for the model type: a function as for
+            :func:`fisherscope.register_adapter`, or the model type whose adapter to use.
+        verify: check the layout of heads numerically on the "first" layer of each kind, on "all", or not at
+            all (False). What is detected in a model type that nobody registered is always checked.
+        strict: refuse a model whose heads cannot be confirmed; otherwise a warning says what is missing, and
+            modules and their rows are there.
 
     Returns:
-        A :class:`Scope`.
+        A :class:`Scope`. Its ``model`` is the transformers model, out of whatever was around it; adapters of
+        PEFT stay in it, and parameters have the names that they have there.
 
     Raises:
-        AdapterError: the architecture is unknown, or its layout is not what the adapter says.
+        AdapterError: this is not a transformers model, or it is sharded, offloaded or quantised; its layout
+            is not what the adapter says; or ``strict``, and heads could not be confirmed.
         CoverageError: ``parameters`` matches nothing that can be instrumented.
     """
-    offloaded = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if offloaded:
-        raise AdapterError(
-            f"{len(offloaded)} parameters have no data ({offloaded[0]}, ...): the model is offloaded or was "
-            "never loaded; load it whole on its devices"
-        )
-    layout = resolve(model, probe=probe)
+    model, tokenizer = unwrap_pipeline(model, tokenizer)
+    model = unwrap(model)
+    layout = resolve(model, adapter=adapter, verify=verify, strict=strict)
     return Scope(model, tokenizer, layout, parameters)
 
 
@@ -82,7 +89,7 @@ class Scope:
     """A model with its layout and the choice of instrumented parameters.
 
     Attributes:
-        model: the model, untouched.
+        model: the transformers model, untouched, out of whatever was around it.
         tokenizer: its tokenizer or None.
         layout: where each head lives.
         parameters: names of the instrumented parameters.
@@ -102,6 +109,7 @@ class Scope:
         heads = {(a.n_heads, a.n_kv_heads) for a in self.layout.attention}
         return (
             f"Scope({type(self.model).__name__}, {len(self.layout.attention)} attention layers, "
+            f"{self.layout.source}, "
             f"heads (query, kv) {sorted(heads)}, {len(self.parameters)} parameters instrumented)"
         )
 
@@ -234,7 +242,7 @@ class Scope:
         """Every sample of every task, checked before anything is written."""
         if not isinstance(tasks, Mapping) or not tasks:
             raise DataError('no tasks: pass a mapping from name to rows, such as {"math": rows}')
-        vocabulary = self.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        vocabulary = self._token_embeddings().num_embeddings
         prepared_tasks = {}
         for name, rows in tasks.items():
             if not isinstance(name, str) or not _TASK_NAME.fullmatch(name):
@@ -317,7 +325,7 @@ class Scope:
     def _max_positions(self) -> int | None:
         """How long a row may be, where positions are learned; None where they are computed."""
         limit = getattr(self.model.config, "max_position_embeddings", None)
-        tokens = self.model.get_input_embeddings()  # type: ignore[operator]
+        tokens = self._token_embeddings()
         learned = any(
             isinstance(module, nn.Embedding) and module is not tokens and module.num_embeddings == limit
             for module in self.model.modules()
@@ -335,6 +343,9 @@ class Scope:
     def _pad_side(self) -> Literal["left", "right"]:
         return "left" if getattr(self.tokenizer, "padding_side", "right") == "left" else "right"
 
+    def _token_embeddings(self) -> Any:
+        return plain_layer(self.model.get_input_embeddings())  # type: ignore[operator]
+
     def _device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
-        weight = self.model.get_input_embeddings().weight  # type: ignore[operator]
+        weight = self._token_embeddings().weight
         return weight.device, weight.dtype

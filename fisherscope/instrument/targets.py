@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 import pandas as pd
 from torch import nn
 
+from fisherscope.adapters.modules import is_linear_map
 from fisherscope.errors import CoverageError
 from fisherscope.instrument.rules import Rule, find_rule
 from fisherscope.layout import ModelLayout, ParameterInfo
@@ -59,8 +60,8 @@ def select_targets(model: nn.Module, layout: ModelLayout, choice: ParameterChoic
     Args:
         model: the model.
         layout: its layout.
-        choice: "attention" (Q, K, V, O with biases), "linear" (the layers' linear maps with biases),
-            "all", or a list of shell-style patterns of parameter names.
+        choice: "attention" (Q, K, V, O with biases), "linear" (the layers' linear maps with biases, routers
+            apart), "all", or a list of shell-style patterns of parameter names.
 
     Raises:
         CoverageError: nothing matches, or nothing that matches has a rule.
@@ -99,7 +100,8 @@ def _is_selected(info: ParameterInfo, choice: ParameterChoice, modules: list[nn.
         return any(fnmatchcase(info.name, pattern) for pattern in choice)
     if choice == "all":
         return True
-    is_map = info.kind in {"attention", "mlp"} and all(find_rule(m) is not None for m in modules)
+    # a router is a linear map, too, but one of which expert acts, not of what it does
+    is_map = info.layer >= 0 and info.kind != "router" and all(is_linear_map(m) for m in modules)
     if choice == "linear":
         return is_map
     if choice == "attention":

@@ -1,14 +1,9 @@
 """Where each head lives inside each parameter: immutable index data, JSON in and out."""
 
+from fisherscope.layout.attention import BLOCKS, AttentionLayout, HeadBlock
 from fisherscope.layout.groups import Group, GroupTable, Member
-from fisherscope.layout.model import (
-    BLOCKS,
-    AttentionLayout,
-    HeadBlock,
-    MlpLayout,
-    ModelLayout,
-    ParameterInfo,
-)
+from fisherscope.layout.mlp import ExpertsLayout, MlpLayout, RowsLayout
+from fisherscope.layout.model import ModelLayout, ParameterInfo
 from fisherscope.layout.partition import Partition
 from fisherscope.layout.slices import Cut, ParameterSlice
 
@@ -16,6 +11,7 @@ __all__ = [
     "BLOCKS",
     "AttentionLayout",
     "Cut",
+    "ExpertsLayout",
     "Group",
     "GroupTable",
     "HeadBlock",
@@ -25,4 +21,5 @@ __all__ = [
     "ParameterInfo",
     "ParameterSlice",
     "Partition",
+    "RowsLayout",
 ]

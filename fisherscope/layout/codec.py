@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from fisherscope.layout.model import AttentionLayout, HeadBlock, MlpLayout, ModelLayout, ParameterInfo
+from fisherscope.layout.attention import AttentionLayout, HeadBlock
+from fisherscope.layout.mlp import ExpertsLayout, MlpLayout, RowsLayout
+from fisherscope.layout.model import ModelLayout, ParameterInfo
 from fisherscope.layout.partition import Partition
 
 
@@ -12,6 +14,7 @@ def encode(layout: ModelLayout) -> dict[str, Any]:
     """Plain lists, dicts, strings and ints."""
     return {
         "model_type": layout.model_type,
+        "source": layout.source,
         "parameters": [
             {"name": p.name, "shape": list(p.shape), "kind": p.kind, "layer": p.layer, "stack": p.stack}
             for p in layout.parameters
@@ -36,15 +39,17 @@ def encode(layout: ModelLayout) -> dict[str, Any]:
             }
             for a in layout.attention
         ],
-        "mlps": [
+        "mlps": [_encode_pieces(m) for m in layout.mlps],
+        "experts": [_encode_pieces(e) for e in layout.experts],
+        "rows": [
             {
-                "layer": m.layer,
-                "stack": m.stack,
-                "module": m.module,
-                "weights": [_encode_partition(p) for p in m.weights],
-                "biases": [_encode_partition(p) for p in m.biases],
+                "layer": r.layer,
+                "stack": r.stack,
+                "module": r.module,
+                "weight": _encode_partition(r.weight),
+                "bias": None if r.bias is None else _encode_partition(r.bias),
             }
-            for m in layout.mlps
+            for r in layout.rows
         ],
     }
 
@@ -63,16 +68,20 @@ def decode(data: dict[str, Any]) -> ModelLayout:
                 for p in data["parameters"]
             ),
             attention=tuple(_decode_attention(a) for a in data["attention"]),
-            mlps=tuple(
-                MlpLayout(
-                    layer=m["layer"],
-                    module=m["module"],
-                    weights=tuple(_decode_partition(p) for p in m["weights"]),
-                    biases=tuple(_decode_partition(p) for p in m["biases"]),
-                    stack=m["stack"],
+            mlps=tuple(MlpLayout(**_decode_pieces(m)) for m in data["mlps"]),
+            # stores of earlier versions know neither
+            experts=tuple(ExpertsLayout(**_decode_pieces(e)) for e in data.get("experts", ())),
+            rows=tuple(
+                RowsLayout(
+                    layer=r["layer"],
+                    module=r["module"],
+                    weight=_decode_partition(r["weight"]),
+                    bias=None if r["bias"] is None else _decode_partition(r["bias"]),
+                    stack=r["stack"],
                 )
-                for m in data["mlps"]
+                for r in data.get("rows", ())
             ),
+            source=data.get("source", "registered"),
         )
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError(f"not a model layout: {error!r}") from error
@@ -85,14 +94,36 @@ def _check_partitions(layout: ModelLayout) -> None:
     shapes = {info.name: info.shape for info in layout.parameters}
     if len(shapes) != len(layout.parameters):
         raise ValueError("not a model layout: two parameters have one name")
-    heads = (p for _, block in layout.head_blocks() for p in (block.weight, block.bias) if p is not None)
-    channels = (p for mlp in layout.mlps for p in (*mlp.weights, *mlp.biases))
-    for partition in (*heads, *channels):
+    heads = (p for _, block in layout.head_blocks() for p in block.partitions)
+    channels = (p for module in layout.mlps for p in module.partitions)
+    experts = (p for module in layout.experts for p in module.partitions)
+    rows = (p for module in layout.rows for p in module.partitions)
+    for partition in (*heads, *channels, *experts, *rows):
         if shapes.get(partition.parameter) != partition.shape:
             raise ValueError(
                 f"not a model layout: a partition of {partition.parameter!r} expects the shape "
                 f"{partition.shape}, the model has {shapes.get(partition.parameter)}"
             )
+
+
+def _encode_pieces(module: MlpLayout | ExpertsLayout) -> dict[str, Any]:
+    return {
+        "layer": module.layer,
+        "stack": module.stack,
+        "module": module.module,
+        "weights": [_encode_partition(p) for p in module.weights],
+        "biases": [_encode_partition(p) for p in module.biases],
+    }
+
+
+def _decode_pieces(data: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "layer": data["layer"],
+        "stack": data["stack"],
+        "module": data["module"],
+        "weights": tuple(_decode_partition(p) for p in data["weights"]),
+        "biases": tuple(_decode_partition(p) for p in data["biases"]),
+    }
 
 
 def _decode_attention(data: dict[str, Any]) -> AttentionLayout:

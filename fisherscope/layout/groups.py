@@ -9,10 +9,11 @@ from typing import Literal
 
 import pandas as pd
 
-from fisherscope.layout.model import MlpLayout, ModelLayout
+from fisherscope.layout.mlp import ExpertsLayout, MlpLayout, RowsLayout
+from fisherscope.layout.model import ModelLayout
 from fisherscope.layout.partition import Partition
 
-GroupKind = Literal["head", "channel", "parameter"]
+GroupKind = Literal["head", "channel", "parameter", "expert", "row"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,11 +22,13 @@ class Group:
 
     Attributes:
         kind: "head" (a head slice of one weight or bias), "channel" (an MLP channel: gate row, up row
-            and down column) or "parameter" (a whole parameter).
-        stack, layer, block: place in the model; block is Q, K, V, O, "mlp", or the parameter's kind.
-        index: head or channel number; -1 for a whole parameter.
+            and down column), "parameter" (a whole parameter), "expert" (one expert of a mixture) or "row"
+            (an output feature of a linear map whose heads or channels are not described).
+        stack, layer, block: place in the model; block is Q, K, V, O, "mlp", "experts", or the parameter's
+            kind.
+        index: number of the head, channel, expert or row; -1 for a whole parameter.
         part: "weight" or "bias".
-        parameter: the parameter's name; for a channel, the path of its MLP.
+        parameter: the parameter's name; for a channel or an expert, the path of its module.
         size: number of entries.
     """
 
@@ -55,7 +58,8 @@ class GroupTable:
     """All groups of a set of instrumented parameters, in a fixed order.
 
     The order is part of the store format: for each parameter in model order the whole parameter;
-    then the head slices by layer, block, part and head; then the MLP channels by layer and part.
+    then the head slices by layer, block, part and head; then the MLP channels by layer and part; then
+    the experts likewise; then the rows by module and part.
     """
 
     groups: tuple[Group, ...]
@@ -95,7 +99,11 @@ class GroupTable:
                     for head in range(len(partition))
                 )
         for mlp in layout.mlps:
-            _add_channels(mlp, chosen, groups, members)
+            _add_pieces("channel", "mlp", mlp, chosen, groups, members)
+        for experts in layout.experts:
+            _add_pieces("expert", "experts", experts, chosen, groups, members)
+        for rows in layout.rows:
+            _add_rows(rows, layout, chosen, groups, members)
         return cls(tuple(groups), {name: tuple(found) for name, found in members.items()})
 
     def __len__(self) -> int:
@@ -124,10 +132,16 @@ def _blocks(layout: ModelLayout) -> dict[str, tuple[str, str]]:
     return {name: (blocks, _part_of(name)) for name, blocks in names.items()}
 
 
-def _add_channels(
-    mlp: MlpLayout, chosen: set[str], groups: list[Group], members: dict[str, list[Member]]
+def _add_pieces(
+    kind: GroupKind,
+    block: str,
+    module: MlpLayout | ExpertsLayout,
+    chosen: set[str],
+    groups: list[Group],
+    members: dict[str, list[Member]],
 ) -> None:
-    for part, partitions in (("weight", mlp.weights), ("bias", mlp.biases)):
+    """Groups that have one piece of each of a module's parameters."""
+    for part, partitions in (("weight", module.weights), ("bias", module.biases)):
         present = [p for p in partitions if p.parameter in chosen]
         if not present:
             continue
@@ -135,6 +149,24 @@ def _add_channels(
         for partition in present:
             members[partition.parameter].append(Member(partition, first))
         groups.extend(
-            Group("channel", mlp.stack, mlp.layer, "mlp", channel, part, mlp.module, size)
-            for channel in range(mlp.channels)
+            Group(kind, module.stack, module.layer, block, index, part, module.module, size)
+            for index in range(len(present[0]))
+        )
+
+
+def _add_rows(
+    rows: RowsLayout,
+    layout: ModelLayout,
+    chosen: set[str],
+    groups: list[Group],
+    members: dict[str, list[Member]],
+) -> None:
+    for part, partition in (("weight", rows.weight), ("bias", rows.bias)):
+        if partition is None or partition.parameter not in chosen:
+            continue
+        members[partition.parameter].append(Member(partition, len(groups)))
+        block = layout.parameter(partition.parameter).kind
+        groups.extend(
+            Group("row", rows.stack, rows.layer, block, row, part, partition.parameter, partition.slice_size)
+            for row in range(len(partition))
         )

@@ -7,123 +7,20 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from fisherscope.layout.partition import Partition
+from fisherscope.layout.attention import AttentionLayout, Flag, HeadBlock, Part
+from fisherscope.layout.mlp import ExpertsLayout, MlpLayout, RowsLayout
 from fisherscope.layout.slices import ParameterSlice
 
-BLOCKS = ("Q", "K", "V", "O")
-
-ParameterKind = Literal["attention", "mlp", "norm", "embedding", "output", "other"]
-Part = Literal["weight", "bias"]
-
-
-@dataclass(frozen=True)
-class HeadBlock:
-    """One of Q, K, V, O of one layer: a partition of a weight into heads, and of its bias.
-
-    ``bias`` is None where there is none, and always for O, whose bias belongs to no head.
-    """
-
-    name: str
-    weight: Partition
-    bias: Partition | None = None
-
-    @property
-    def heads(self) -> int:
-        """Number of heads: query heads for Q and O, kv heads for K and V."""
-        return len(self.weight)
-
-    def part(self, part: Part) -> Partition | None:
-        """The partition of the weight or of the bias."""
-        return self.weight if part == "weight" else self.bias
-
-
-@dataclass(frozen=True)
-class AttentionLayout:
-    """Heads of one attention layer.
-
-    Attributes:
-        layer: decoder-layer number.
-        module: path of the attention module.
-        output: path of the O projection, whose input is the concatenation of the heads' contexts.
-        n_heads: query heads H.
-        n_kv_heads: key/value heads; query head h uses kv head ``h // (H // n_kv_heads)``.
-        blocks: Q, K, V, O.
-        stack: "decoder", "encoder" or "cross".
-        coupled: blocks whose heads a norm over all of them ties (OLMo 2 normalises Q and K that way): the
-            slices are exact, but a change of one head's slice moves the other heads too.
-    """
-
-    layer: int
-    module: str
-    output: str
-    n_heads: int
-    n_kv_heads: int
-    blocks: tuple[HeadBlock, ...]
-    stack: str = "decoder"
-    coupled: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads:
-            raise ValueError(
-                f"{self.module}: {self.n_heads} query heads cannot share {self.n_kv_heads} kv heads evenly"
-            )
-        for block in self.blocks:
-            expected = self.n_kv_heads if block.name in {"K", "V"} else self.n_heads
-            if block.heads != expected:
-                raise ValueError(f"{self.module}: {block.name} has {block.heads} heads, expected {expected}")
-        if unknown := set(self.coupled) - {block.name for block in self.blocks}:
-            raise ValueError(f"{self.module}: no block {min(unknown)!r} whose heads could be coupled")
-
-    def block(self, name: str) -> HeadBlock:
-        """The block of that name.
-
-        Raises:
-            KeyError: no such block in this layer.
-        """
-        for block in self.blocks:
-            if block.name == name:
-                return block
-        raise KeyError(f"layer {self.layer} has no block {name!r}: it has {[b.name for b in self.blocks]}")
-
-    def kv_head(self, query_head: int) -> int:
-        """The kv head which a query head uses."""
-        if not 0 <= query_head < self.n_heads:
-            raise IndexError(f"layer {self.layer} has {self.n_heads} query heads, asked for {query_head}")
-        return query_head // (self.n_heads // self.n_kv_heads)
-
-
-@dataclass(frozen=True)
-class MlpLayout:
-    """Channels of one MLP: channel c is a gate row, an up row and a down column.
-
-    ``weights`` and ``biases`` are partitions of width 1 with one piece per channel; the down
-    projection's bias belongs to no channel.
-    """
-
-    layer: int
-    module: str
-    weights: tuple[Partition, ...]
-    biases: tuple[Partition, ...] = ()
-    stack: str = "decoder"
-
-    def __post_init__(self) -> None:
-        lengths = {len(p) for p in (*self.weights, *self.biases)}
-        if len(lengths) != 1:
-            raise ValueError(
-                f"{self.module}: partitions disagree on the number of channels: {sorted(lengths)}"
-            )
-
-    @property
-    def channels(self) -> int:
-        """Number of channels."""
-        return len(self.weights[0])
+ParameterKind = Literal["attention", "mlp", "experts", "router", "norm", "embedding", "output", "other"]
+Source = Literal["registered", "detected", "modules"]
 
 
 @dataclass(frozen=True)
 class ParameterInfo:
     """One parameter of the model and where it belongs.
 
-    ``layer`` is -1 for parameters outside the layers.
+    ``layer`` is -1 for parameters outside the layers. Kind "other": the weights of modules that are neither
+    attention nor MLP, such as state-space mixers, and of other towers of a multimodal model.
     """
 
     name: str
@@ -142,12 +39,19 @@ class ModelLayout:
         parameters: every parameter of the model, in ``named_parameters()`` order.
         attention: one entry per attention layer.
         mlps: one entry per MLP.
+        experts: one entry per mixture of experts with stacked weights.
+        rows: one entry per linear map of the layers whose heads or channels are not described.
+        source: who described the layers: a "registered" adapter, or "detected" from the model's structure;
+            "modules" where heads could not be found, so that modules and rows are all there is.
     """
 
     model_type: str
     parameters: tuple[ParameterInfo, ...]
     attention: tuple[AttentionLayout, ...]
     mlps: tuple[MlpLayout, ...] = ()
+    experts: tuple[ExpertsLayout, ...] = ()
+    rows: tuple[RowsLayout, ...] = ()
+    source: Source = "registered"
 
     @cached_property
     def _by_name(self) -> dict[str, ParameterInfo]:
@@ -189,6 +93,43 @@ class ModelLayout:
         if partition is None:
             raise KeyError(f"{block} of layer {layer} has no per-head {part}")
         return partition[head]
+
+    def query_head_slice(
+        self, layer: int, block: str, query_head: int, *, part: Part = "weight", stack: str = "decoder"
+    ) -> ParameterSlice:
+        """The slice that a query head uses: its own, or in K and V that of its kv head.
+
+        Query heads of one group share their K and V slices: the same entries come back for each of them.
+
+        Raises:
+            KeyError: no such layer, block, or bias.
+            IndexError: no such query head.
+        """
+        head = self.attention_layer(layer, stack).head_of(block, query_head)
+        return self.slice(layer, block, head, part=part, stack=stack)
+
+    def flags(self, parameter: str) -> frozenset[Flag]:
+        """Whose the entries of a parameter of an attention layer are.
+
+        Returns:
+            "per_head" and "per_group" where slices of the parameter belong to query heads or kv heads,
+            "coupled" where a norm over all heads ties them; "shared" for a parameter that serves all heads,
+            such as O's bias or a norm of the keys; nothing outside attention.
+
+        Raises:
+            KeyError: the model has no parameter of that name.
+        """
+        if self.parameter(parameter).kind != "attention" and not self._attends(parameter):
+            return frozenset()
+        found = [
+            attention.flags(block.name)
+            for attention, block in self.head_blocks()
+            if any(partition.parameter == parameter for partition in block.partitions)
+        ]
+        return frozenset().union(*found) if found else frozenset({"shared"})
+
+    def _attends(self, parameter: str) -> bool:
+        return any(parameter.startswith(f"{attention.module}.") for attention in self.attention)
 
     def head_blocks(self) -> Iterator[tuple[AttentionLayout, HeadBlock]]:
         """Every block of every attention layer."""

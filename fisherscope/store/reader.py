@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fisherscope.layout import GroupTable, ModelLayout, ParameterSlice
-from fisherscope.layout.model import Part
+from fisherscope.layout.attention import Part
 from fisherscope.store import aggregates, gradients, lookup, tables
 from fisherscope.store.gradient_plan import GradientPlan
 from fisherscope.store.index import TaskIndex, build_index

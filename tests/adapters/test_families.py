@@ -12,17 +12,28 @@ import transformers
 
 import fisherscope as fs
 from fisherscope.adapters import known_model_types, registry, resolve
-from fisherscope.adapters.build import Family, build_layout
-from fisherscope.adapters.patterns import Concat, Grouped, Mlp, Sectioned, Separate
+from fisherscope.adapters.build import Stack, build_layout
+from fisherscope.adapters.inputs import probe_inputs
+from fisherscope.adapters.patterns import Concat, Fused, Grouped, JoinedKeyValue, Latent, Mlp, Separate
 from fisherscope.adapters.probe import verify_layout
 from fisherscope.errors import AdapterError
 from fisherscope.layout import AttentionLayout, HeadBlock, ModelLayout
 from tests import models
 
 
-@pytest.fixture(params=models.SETTINGS, ids=lambda s: s.name)
-def model(request: pytest.FixtureRequest) -> torch.nn.Module:
-    return models.build(request.param)
+@pytest.fixture(params=models.ALL, ids=lambda s: s.name)
+def setting(request: pytest.FixtureRequest) -> models.Setting:
+    return request.param
+
+
+@pytest.fixture
+def model(setting: models.Setting) -> torch.nn.Module:
+    return models.build(setting)
+
+
+def _nested(projections: dict[str, torch.nn.Module]) -> torch.nn.Module:
+    """A layer "l" with an attention module "a" of these projections."""
+    return torch.nn.ModuleDict({"l": torch.nn.ModuleDict({"a": torch.nn.ModuleDict(projections)})})
 
 
 def _with_blocks(layout: ModelLayout, **changed: HeadBlock) -> ModelLayout:
@@ -31,11 +42,12 @@ def _with_blocks(layout: ModelLayout, **changed: HeadBlock) -> ModelLayout:
     return replace(layout, attention=(replace(attention, blocks=blocks), *layout.attention[1:]))
 
 
-def test_the_probe_confirms_every_layer(model: torch.nn.Module) -> None:
+def test_the_probe_confirms_every_layer(setting: models.Setting, model: torch.nn.Module) -> None:
     """Every head of Q, K, V and O of every attention layer moves the heads it should."""
-    layout = resolve(model, probe="all")
-    assert len(layout.attention) == 2
-    verify_layout(model, layout, every_layer=True)
+    layout = resolve(model, verify="all")
+    assert layout.source == "registered"
+    assert len(layout.attention) == setting.attention_layers
+    assert all({"Q", "K", "V", "O"} <= {b.name for b in a.blocks} for a in layout.attention)
 
 
 def test_every_parameter_has_a_place(model: torch.nn.Module) -> None:
@@ -44,8 +56,50 @@ def test_every_parameter_has_a_place(model: torch.nn.Module) -> None:
     assert [p.name for p in layout.parameters] == [name for name, _ in model.named_parameters()]
     for info, (_, parameter) in zip(layout.parameters, model.named_parameters(), strict=True):
         assert info.shape == tuple(parameter.shape)
-        if info.layer >= 0 and not any(part in info.name for part in (".experts.", ".shared_", ".mlp.gate.")):
-            assert info.kind in {"attention", "mlp", "norm"}, info.name
+        if info.layer >= 0 and "linear_attn" not in info.name:
+            assert info.kind != "other", info.name
+        if info.layer < 0 and "classifier" not in info.name:
+            assert info.kind in {"embedding", "norm", "output"}, info.name
+
+
+def test_flags_tell_whose_a_parameter_is(model: torch.nn.Module) -> None:
+    """Every parameter of an attention module is a head's, a group's or shared; others have no flag."""
+    layout = resolve(model)
+    for info in layout.parameters:
+        inside = any(info.name.startswith(f"{a.module}.") for a in layout.attention)
+        assert bool(layout.flags(info.name)) == inside, info.name
+    for attention in layout.attention:
+        assert layout.flags(f"{attention.output}.weight") == {"per_head"}
+        grouped = attention.n_kv_heads < attention.n_heads
+        assert ("per_group" in attention.flags("K")) == grouped
+        assert ("coupled" in attention.flags("Q")) == ("Q" in attention.coupled)
+
+
+def test_heads_contexts_add_up_to_the_output(model: torch.nn.Module) -> None:
+    """O's input split by head, each part times the head's slice of O, sums to O's output without its bias."""
+    layout = resolve(model)
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    handles = [
+        model.get_submodule(a.output).register_forward_hook(
+            lambda _m, args, out, path=a.output: seen.update({path: (args[0], out)})
+        )
+        for a in layout.attention
+    ]
+    with torch.no_grad():
+        model(**probe_inputs(model, rows=3, seed=5))
+    for handle in handles:
+        handle.remove()
+    weights = dict(model.named_parameters())
+    for attention in layout.attention:
+        context, output = seen[attention.output]
+        total = torch.zeros_like(output)
+        block = attention.block("O").weight
+        for head, cut in enumerate(block):
+            mine = context[..., block.starts[head] : block.starts[head] + block.width]
+            weight = cut.take(weights[block.parameter].detach())
+            total += mine @ (weight if block.axis == 0 else weight.T)
+        bias = weights.get(f"{attention.output}.bias")
+        assert models.relative_error(total if bias is None else total + bias.detach(), output) <= 1e-5
 
 
 def test_the_layout_survives_json(model: torch.nn.Module) -> None:
@@ -55,13 +109,13 @@ def test_the_layout_survives_json(model: torch.nn.Module) -> None:
 
 
 def test_keys_and_values_swapped_are_caught(model: torch.nn.Module) -> None:
-    """A layout that calls keys values is refused."""
+    """A layout that calls keys values is refused, in causal models and in others."""
     layout = resolve(model)
     key, value = (layout.attention[0].block(name) for name in "KV")
     wrong = _with_blocks(
         layout, K=HeadBlock("K", value.weight, value.bias), V=HeadBlock("V", key.weight, key.bias)
     )
-    with pytest.raises(AdapterError, match=r"called [KV] head 0|perturbing K head 0 moved heads"):
+    with pytest.raises(AdapterError, match=r"called [QK] head 0 acts as a value does"):
         verify_layout(model, wrong)
 
 
@@ -73,8 +127,65 @@ def test_query_and_value_swapped_are_caught() -> None:
     wrong = _with_blocks(
         layout, Q=HeadBlock("Q", value.weight, value.bias), V=HeadBlock("V", query.weight, query.bias)
     )
-    with pytest.raises(AdapterError, match=r"called Q head 0 acts on other positions|moved heads"):
+    with pytest.raises(AdapterError, match=r"called Q head 0 acts as a value does"):
         verify_layout(model, wrong)
+
+
+def test_query_and_key_swapped_are_caught() -> None:
+    """So are the two that both act through the scores, in a causal model and in an encoder."""
+    for name in ("gpt2", "bert"):
+        model = models.build(models.named(name))
+        layout = resolve(model)
+        query, key = (layout.attention[0].block(block) for block in "QK")
+        wrong = _with_blocks(
+            layout, Q=HeadBlock("Q", key.weight, key.bias), K=HeadBlock("K", query.weight, query.bias)
+        )
+        with pytest.raises(AdapterError, match=r"called Q head 0 acts on other positions|moved heads \[\]"):
+            verify_layout(model, wrong)
+
+
+def test_query_and_gate_swapped_are_caught() -> None:
+    """Both are rows of one projection; with the keys silent only a gate acts."""
+    model = models.build(models.named("qwen3_next"))
+    layout = resolve(model)
+    query, gate = (layout.attention[0].block(block) for block in ("Q", "gate"))
+    wrong = _with_blocks(layout, Q=HeadBlock("Q", gate.weight), gate=HeadBlock("gate", query.weight))
+    with pytest.raises(AdapterError, match=r"called Q head 0 acts as a gate does"):
+        verify_layout(model, wrong)
+
+
+def test_a_sink_of_another_head_is_caught() -> None:
+    """The logits that take attention away are one per head, in order; the probe puts them back."""
+    model = models.build(models.named("gpt_oss"))
+    layout = resolve(model)
+    right = layout.attention[0].block("sink").weight
+    before = model.get_parameter(right.parameter).clone()
+    wrong = _with_blocks(layout, sink=HeadBlock("sink", replace(right, starts=right.starts[::-1])))
+    with pytest.raises(AdapterError, match=r"perturbing sink 0 moved heads \[3\]"):
+        verify_layout(model, wrong)
+    assert torch.equal(before, model.get_parameter(right.parameter))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["llama", "mistral-head-dim", "qwen2-tied-mqa", "gpt2", "opt", "phi3", "olmo2", "bert", "vit", "t5"],
+)
+def test_two_heads_taken_for_one_are_caught(name: str) -> None:
+    """With half as many heads, twice as wide, every perturbation moves "its" head; one entry does not."""
+    model = models.build(models.named(name))
+    layout = resolve(model)
+    right = layout.attention[0]
+
+    def paired(block: HeadBlock) -> HeadBlock:
+        cut = {"starts": block.weight.starts[::2], "width": 2 * block.weight.width}
+        bias = None if block.bias is None else replace(block.bias, **cut)
+        return replace(block, weight=replace(block.weight, **cut), bias=bias)
+
+    blocks = tuple(paired(b) if b.heads > 1 else b for b in right.blocks)
+    kv_heads = max(1, right.n_kv_heads // 2)
+    wrong = replace(right, n_heads=right.n_heads // 2, n_kv_heads=kv_heads, blocks=blocks)
+    with pytest.raises(AdapterError, match=r"it is several heads|moved heads \[0\], not \[0, 1\]"):
+        verify_layout(model, replace(layout, attention=(wrong, *layout.attention[1:])))
 
 
 @pytest.mark.parametrize("block", ["Q", "V", "O"])
@@ -111,7 +222,7 @@ def test_the_probe_leaves_the_model_as_it_was() -> None:
     model.model.layers[0].eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
-    layout = resolve(model, probe="all")
+    layout = resolve(model, verify="all")
     key, value = (layout.attention[0].block(name) for name in "KV")
     wrong = _with_blocks(layout, K=replace(value, name="K"), V=replace(key, name="V"))
     with pytest.raises(AdapterError):
@@ -144,7 +255,7 @@ def test_values_before_keys_is_not_keys_before_values() -> None:
     """CodeGen's order with keys first, as one would guess, is refused."""
     model = models.build(models.named("codegen"))
     layout = resolve(model)
-    pattern = Sectioned("attn", "qkv_proj", "out_proj", sections=4)
+    pattern = Fused("attn", "qkv_proj", "out_proj", sections=4)
     wrong = pattern.layout(model.get_submodule, "transformer.h.0", 0, 8, 8)
     with pytest.raises(AdapterError, match=r"called [KV] head 0"):
         verify_layout(model, replace(layout, attention=(wrong, *layout.attention[1:])))
@@ -160,17 +271,25 @@ def test_with_one_kv_head_grouped_and_concat_are_the_same() -> None:
 
 def test_fused_projections_are_cut_as_written_here() -> None:
     """First rows of Q, K and V heads of width 4, written by hand."""
-    fused, output = torch.nn.Linear(4, 32), torch.nn.Linear(16, 4)
-    modules = {"l.a.qkv": fused, "l.a.o": output}
+    sizes = {"qkv": 32, "q": 16, "q2": 32, "kv": 16, "k": 8, "expand": 28}
+    modules = _nested({"o": torch.nn.Linear(16, 4)} | {n: torch.nn.Linear(4, s) for n, s in sizes.items()})
     for pattern, expected in (
         (Concat("a", "qkv", "o"), {"Q": (0, 4, 8, 12), "K": (16, 20), "V": (24, 28)}),
         (Grouped("a", "qkv", "o"), {"Q": (0, 4, 16, 20), "K": (8, 24), "V": (12, 28)}),
         (
-            Sectioned("a", "qkv", "o", sections=2, order=("Q", "V", "K")),
+            Fused("a", "qkv", "o", sections=2, order=("Q", "V", "K")),
             {"Q": (0, 4, 16, 20), "K": (12, 28), "V": (8, 24)},
         ),
+        (JoinedKeyValue("a", "q", "kv", "o"), {"Q": (0, 4, 8, 12), "K": (0, 4), "V": (8, 12)}),
+        (JoinedKeyValue("a", "q", "kv", "o", grouped=True), {"K": (0, 8), "V": (4, 12)}),
+        (
+            Latent("a", "q_b", "q", "expand", "o"),
+            {"Q": (0, 4, 8, 12), "K": (0, 7, 14, 21), "V": (3, 10, 17, 24)},
+        ),
+        (Separate("a", "q2", "k", "k", "o", gated=True), {"Q": (0, 8, 16, 24), "gate": (4, 12, 20, 28)}),
     ):
-        layout = pattern.layout(modules.__getitem__, "l", 0, 4, 2)
+        layout = pattern.layout(modules.get_submodule, "l", 0, 4, 2)
+        assert layout is not None
         for block, starts in expected.items():
             found = layout.block(block)
             assert found.weight.starts == starts
@@ -180,10 +299,10 @@ def test_fused_projections_are_cut_as_written_here() -> None:
 
 def test_heads_that_cannot_be_divided_among_sections() -> None:
     """The error names the projection and the numbers."""
-    modules = {"l.a.qkv": torch.nn.Linear(4, 36), "l.a.o": torch.nn.Linear(12, 4)}
-    pattern = Sectioned("a", "qkv", "o", sections=4)
+    modules = _nested({"qkv": torch.nn.Linear(4, 36), "o": torch.nn.Linear(12, 4)})
+    pattern = Fused("a", "qkv", "o", sections=4)
     with pytest.raises(AdapterError, match=r"l\.a\.qkv: 6 heads cannot be divided among 4 sections"):
-        pattern.layout(modules.__getitem__, "l", 0, 6, 6)
+        pattern.layout(modules.get_submodule, "l", 0, 6, 6)
 
 
 @pytest.mark.parametrize("name", ["olmo2", "olmo3", "olmoe"])
@@ -220,11 +339,11 @@ def test_layers_may_differ() -> None:
     """One pattern per layer, None where there is nothing; another number of them is an error."""
     model = models.build(models.named("llama"))
     mlp = Mlp("mlp", ("up_proj",), "down_proj")
-    layout = build_layout(model, "llama", Family("layers", [None, Separate()], [mlp, None], 4, 2))
+    layout = build_layout(model, "llama", Stack("layers", [None, Separate()], [mlp, None], 4, 2))
     assert [a.layer for a in layout.attention] == [1]
     assert [m.layer for m in layout.mlps] == [0]
     with pytest.raises(AdapterError, match="1 mlp patterns for 2 layers"):
-        build_layout(model, "llama", Family("layers", Separate(), [mlp], 4, 2))
+        build_layout(model, "llama", Stack("layers", Separate(), [mlp], 4, 2))
 
 
 def test_channels_of_a_stacked_projection() -> None:
@@ -255,7 +374,7 @@ def test_the_text_model_inside_a_multimodal_one() -> None:
     )
     torch.manual_seed(0)
     model = transformers.Gemma3ForConditionalGeneration(config)
-    layout = resolve(model, probe="all")
+    layout = resolve(model, verify="all")
     assert layout.model_type == "gemma3"
     assert layout.attention[1].module == "model.language_model.layers.1.self_attn"
 
@@ -264,15 +383,7 @@ def test_the_text_model_inside_a_multimodal_one() -> None:
 def test_the_probe_works_in_half_precision(dtype: torch.dtype) -> None:
     """Rounding of a half-precision model is not taken for movement."""
     for setting in models.SETTINGS:
-        resolve(models.build(setting).to(dtype), probe="all")
-
-
-def test_an_unknown_model_type_is_a_clear_error() -> None:
-    """The message names the type and the next step."""
-    config = transformers.CTRLConfig(n_embd=16, n_layer=1, n_head=2, vocab_size=20, dff=16, n_positions=8)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    with pytest.raises(AdapterError, match=r"no adapter for model_type 'ctrl'.*register.*docs/adapters.md"):
-        fs.wrap(model)
+        resolve(models.build(setting).to(dtype), verify="all")
 
 
 def test_something_that_is_no_transformers_model() -> None:
@@ -286,18 +397,18 @@ def test_a_users_adapter_is_used_and_may_replace_a_built_in(
 ) -> None:
     """A registration of one's own works for a new type, and overrides a known one with a notice."""
     assert {"gpt2", "llama", "mistral", "qwen2", "qwen3"} <= set(known_model_types())
-    monkeypatch.setattr(registry, "_families", dict(registry._families))
+    monkeypatch.setattr(registry, "_adapters", dict(registry._adapters))
     config = transformers.XGLMConfig(
         d_model=16, num_layers=1, attention_heads=2, ffn_dim=24, vocab_size=30, max_position_embeddings=16
     )
     model = transformers.AutoModelForCausalLM.from_config(config)
 
-    def xglm(model: torch.nn.Module, config: transformers.XGLMConfig) -> Family:
+    def xglm(model: torch.nn.Module, config: transformers.XGLMConfig) -> Stack:
         heads = config.attention_heads
-        return Family("layers", Separate(output="out_proj"), Mlp("", ("fc1",), "fc2"), heads, heads)
+        return Stack("layers", Separate(output="out_proj"), Mlp("", ("fc1",), "fc2"), heads, heads)
 
     fs.register_adapter(xglm, "xglm")
-    layout = resolve(model, probe="all")
+    layout = resolve(model, verify="all")
     assert isinstance(layout.attention[0], AttentionLayout)
     with caplog.at_level(logging.WARNING):
         fs.register_adapter(xglm, "llama")
@@ -306,9 +417,9 @@ def test_a_users_adapter_is_used_and_may_replace_a_built_in(
 
 def test_an_adapter_that_names_a_missing_module(monkeypatch: pytest.MonkeyPatch) -> None:
     """The error names the path that does not exist."""
-    monkeypatch.setattr(registry, "_families", dict(registry._families))
+    monkeypatch.setattr(registry, "_adapters", dict(registry._adapters))
     fs.register_adapter(
-        lambda model, config: Family("layers", Separate(), Mlp("ffn", ("up",), "down"), 4, 2), "llama"
+        lambda model, config: Stack("layers", Separate(), Mlp("ffn", ("up",), "down"), 4, 2), "llama"
     )
-    with pytest.raises(AdapterError, match=r"model\.layers\.0\.ffn\.up"):
+    with pytest.raises(AdapterError, match=r"no module 'model\.layers\.0\.ffn'"):
         resolve(models.build(models.named("llama")))

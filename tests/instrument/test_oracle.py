@@ -91,7 +91,8 @@ def test_head_slices_equal_slices_by_hand(setting: models.Setting, tmp_path: Pat
     scope = fs.wrap(model)
     store = scope.collect({"a": data}, tmp_path / "run.fs", extensions=EXACT, batch_size=5, quiet=True)
     expected = models.loop(model, data)
-    for layer in range(2):
+    layers = [0, 2] if setting.name == "qwen3_next" else [0, 1]
+    for layer in layers:
         for block, heads in _heads_by_hand(model, setting.name, layer).items():
             for head, cuts in enumerate(heads):
                 for part, (name, axis, start, stop) in cuts.items():
@@ -134,6 +135,19 @@ _FUSED_ROWS = {
 }
 _KV_HEADS = {"qwen2-tied-mqa": 1, "gpt_neo": 4, "gptj": 4, "opt": 4}
 
+# heads that lie apart: block -> projection, heads, first row of head 0, rows of a head, rows to the next head
+_LATENT = {"K": ("kv_b_proj", 4, 0, 6, 16), "V": ("kv_b_proj", 4, 6, 10, 16)}
+_APART = {
+    "qwen3_next": {
+        "Q": ("q_proj", 4, 0, 8, 16),
+        "gate": ("q_proj", 4, 8, 8, 16),
+        "K": ("k_proj", 2, 0, 8, 8),
+        "V": ("v_proj", 2, 0, 8, 8),
+    },
+    "deepseek_v3": {"Q": ("q_b_proj", 4, 0, 10, 10), **_LATENT},
+    "deepseek_v3-direct-queries": {"Q": ("q_proj", 4, 0, 10, 10), **_LATENT},
+}
+
 
 def _heads_by_hand(
     model: torch.nn.Module, setting: str, layer: int
@@ -145,7 +159,11 @@ def _heads_by_hand(
     heads = 8 if setting == "codegen" else 4
     kv_heads = _KV_HEADS.get(setting, 2)  # of separate projections
     blocks: dict[str, list[dict[str, tuple[str, int, int, int]]]] = {}
-    for block, count in (("Q", heads), ("K", kv_heads), ("V", kv_heads)):
+    for block, (projection, count, first, width, step) in _APART.get(setting, {}).items():
+        name = f"{layers}.{layer}.self_attn.{projection}.weight"
+        starts = range(first, first + count * step, step)
+        blocks[block] = [{"weight": (name, 0, start, start + width)} for start in starts]
+    for block, count in () if blocks else (("Q", heads), ("K", kv_heads), ("V", kv_heads)):
         where = f"{layers}.{layer}.{projections.replace('{q,k,v}', block.lower())}"
         if setting in _FUSED_ROWS:
             rows = _FUSED_ROWS[setting].split()
@@ -165,7 +183,7 @@ def _heads_by_hand(
 
 
 def test_group_values_equal_sums_over_gradients(model: torch.nn.Module, tmp_path: Path) -> None:
-    """sum g^2 and <g, theta> per sample and group, for heads, channels and whole parameters."""
+    """sum g^2 and <g, theta> per sample and group: heads, channels, rows and whole parameters."""
     data = models.rows(5)
     scope = fs.wrap(model)
     store = scope.collect({"a": data}, tmp_path / "run.fs", extensions=("fisher",), batch_size=3, quiet=True)
@@ -177,13 +195,18 @@ def test_group_values_equal_sums_over_gradients(model: torch.nn.Module, tmp_path
         name = group["parameter"]
         g = torch.stack([sample[name] for sample in expected])
         weights = theta[name]
+        floor = _rounding(model, name, expected, group["block"])
         if group["kind"] == "head":
             piece = scope.layout.slice(group["layer"], group["block"], group["index"], part=group["part"])
             g, weights = piece.take(g), piece.take(weights)
+        elif group["kind"] == "row":
+            row = slice(group["index"], group["index"] + 1)
+            # a single row may carry next to nothing of its parameter's gradient
+            floor = 1e-2 * float(g.flatten(1).norm(dim=1).max())
+            g, weights = g[:, row], weights[row]
         square = g.flatten(1).square().sum(1)
         dot = (g * weights).flatten(1).sum(1)
         found = torch.tensor(values["square"].values[:, column])
-        floor = _rounding(model, name, expected, group["block"])
         assert models.relative_error(found, square, floor=floor**2) <= TOLERANCE
         # relative to |g| |theta|: the product itself vanishes where a norm makes the weight's scale idle
         scale = square.sqrt().clamp_min(floor) * weights.norm()

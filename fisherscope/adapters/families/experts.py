@@ -1,35 +1,63 @@
-"""Families with mixtures of experts: their attention, and the MLPs of their dense layers.
+"""Families with mixtures of experts: their attention, and the MLPs of dense layers and of shared experts.
 
-Experts hold their weights as three-dimensional parameters whose channels are not described.
+The routed experts hold their weights as stacked parameters, which are found without an adapter's help.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from fisherscope.adapters.build import Family
+from fisherscope.adapters.build import Stack
 from fisherscope.adapters.families.llama import GATED, TIED_BY_NORM, decoder
-from fisherscope.adapters.patterns import MlpPattern, Separate
+from fisherscope.adapters.patterns import Latent, Mlp, Separate
 from fisherscope.adapters.registry import register
+
+_DENSE = replace(GATED, optional=True)
+_SHARED = replace(_DENSE, module="mlp.shared_expert")
+_SEVERAL_SHARED = replace(_DENSE, module="mlp.shared_experts")
 
 
 @register("mixtral", "qwen2_moe", "qwen3_moe")
-def mixtral(model: nn.Module, config: Any) -> Family:
-    """Llama's attention; Qwen's may have dense layers among the others."""
-    return decoder(config, Separate(), _dense_layers(model))
+def mixtral(model: nn.Module, config: Any) -> Stack:
+    """Llama's attention; Qwen's may have dense layers among the others, and a shared expert."""
+    del model
+    return decoder(config, Separate(), (_DENSE, _SHARED))
 
 
 @register("olmoe")
-def olmoe(model: nn.Module, config: Any) -> Family:
+def olmoe(model: nn.Module, config: Any) -> Stack:
     """Norms over all heads of Q and of K."""
-    return decoder(config, TIED_BY_NORM, _dense_layers(model))
+    del model
+    return decoder(config, TIED_BY_NORM, None)
 
 
-def _dense_layers(model: nn.Module) -> list[MlpPattern | None]:
-    """The pattern for the layers whose MLP has no experts."""
-    layers: Any = getattr(model, "base_model", model).layers
-    return [
-        GATED if isinstance(getattr(layer.mlp, "gate_proj", None), nn.Linear) else None for layer in layers
-    ]
+@register("gpt_oss")
+def gpt_oss(model: nn.Module, config: Any) -> Stack:
+    """A logit per head takes attention away."""
+    del model
+    return decoder(config, Separate(sinks="sinks"), None)
+
+
+@register("qwen3_next")
+def qwen3_next(model: nn.Module, config: Any) -> Stack:
+    """Gated attention in some layers, linear attention, which has no heads of this kind, in the others."""
+    del model
+    return decoder(config, Separate(gated=True, optional=True), (_DENSE, _SHARED))
+
+
+@register("llama4", "llama4_text")
+def llama4(model: nn.Module, config: Any) -> Stack:
+    """Dense layers and mixtures with a shared expert in turns."""
+    del model
+    dense: Mlp = replace(_DENSE, module="feed_forward")
+    return decoder(config, Separate(), (dense, replace(dense, module="feed_forward.shared_expert")))
+
+
+@register("deepseek_v2", "deepseek_v3")
+def deepseek(model: nn.Module, config: Any) -> Stack:
+    """Multi-head latent attention; the first layers are dense."""
+    del model
+    return decoder(config, Latent(), (_DENSE, _SEVERAL_SHARED))

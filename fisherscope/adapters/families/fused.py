@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from fisherscope.adapters.build import Family
+from fisherscope.adapters.build import Stack
 from fisherscope.adapters.families.llama import decoder
-from fisherscope.adapters.patterns import Concat, Grouped, Mlp, Sectioned
+from fisherscope.adapters.patterns import Concat, Fused, Grouped, Mlp
 from fisherscope.adapters.registry import register
 
 _BY_HEAD = Grouped("self_attention", fused="query_key_value", output="dense")
@@ -16,37 +16,37 @@ _FOUR_H = Mlp("mlp", expand=("dense_h_to_4h",), contract="dense_4h_to_h")
 
 
 @register("gpt_neox")
-def gpt_neox(model: nn.Module, config: Any) -> Family:
+def gpt_neox(model: nn.Module, config: Any) -> Stack:
     """One kv head per query head; a ``num_key_value_heads`` in the config is ignored by the model."""
     del model
     heads = config.num_attention_heads
-    return Family("layers", Grouped("attention", "query_key_value", "dense"), _FOUR_H, heads, heads)
+    return Stack("layers", Grouped("attention", "query_key_value", "dense"), _FOUR_H, heads, heads)
 
 
 @register("bloom")
-def bloom(model: nn.Module, config: Any) -> Family:
+def bloom(model: nn.Module, config: Any) -> Stack:
     """As GPT-NeoX; the attention module adds the residual, so only its projections are looked at."""
     del model
     heads = config.num_attention_heads
-    return Family("h", _BY_HEAD, _FOUR_H, heads, heads)
+    return Stack("h", _BY_HEAD, _FOUR_H, heads, heads)
 
 
 @register("falcon")
-def falcon(model: nn.Module, config: Any) -> Family:
+def falcon(model: nn.Module, config: Any) -> Stack:
     """Three layouts that differ in the number of kv heads alone: given, one, or one per query head."""
     del model
     heads = config.num_attention_heads
     kv_heads = 1 if config.multi_query else heads
     if config.new_decoder_architecture:  # goes before multi_query, as in the model
         kv_heads = config.num_kv_heads
-    return Family("h", _BY_HEAD, _FOUR_H, heads, kv_heads)
+    return Stack("h", _BY_HEAD, _FOUR_H, heads, kv_heads)
 
 
 @register("mpt")
-def mpt(model: nn.Module, config: Any) -> Family:
+def mpt(model: nn.Module, config: Any) -> Stack:
     """All queries, all keys, all values."""
     del model
-    return Family(
+    return Stack(
         layers="blocks",
         attention=Concat("attn", fused="Wqkv", output="out_proj"),
         mlp=Mlp("ffn", expand=("up_proj",), contract="down_proj"),
@@ -56,12 +56,12 @@ def mpt(model: nn.Module, config: Any) -> Family:
 
 
 @register("codegen")
-def codegen(model: nn.Module, config: Any) -> Family:
+def codegen(model: nn.Module, config: Any) -> Stack:
     """Four parts, each [queries | values | keys]: values come before keys."""
     del model
-    return Family(
+    return Stack(
         layers="h",
-        attention=Sectioned("attn", fused="qkv_proj", output="out_proj", sections=4, order=("Q", "V", "K")),
+        attention=Fused("attn", fused="qkv_proj", output="out_proj", sections=4, order=("Q", "V", "K")),
         mlp=Mlp("mlp", expand=("fc_in",), contract="fc_out"),
         n_heads=config.num_attention_heads,
         n_kv_heads=config.num_attention_heads,
@@ -69,7 +69,7 @@ def codegen(model: nn.Module, config: Any) -> Family:
 
 
 @register("phi3")
-def phi3(model: nn.Module, config: Any) -> Family:
+def phi3(model: nn.Module, config: Any) -> Stack:
     """All queries, all keys, all values; the MLP's gate and up projections are one, too."""
     del model
     return decoder(

@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import nn
 
-from fisherscope.adapters.build import Family
+from fisherscope.adapters.build import Stack
 from fisherscope.adapters.patterns import AttentionPattern, Concat, Mlp, MlpPattern, Separate
 from fisherscope.adapters.registry import register
 
 
 @register("gpt2")
-def gpt2(model: nn.Module, config: Any) -> Family:
+def gpt2(model: nn.Module, config: Any) -> Stack:
     """One fused ``Conv1D``, so heads are columns: its weight is [in, out]."""
     del model
     return _decoder(
@@ -24,7 +24,7 @@ def gpt2(model: nn.Module, config: Any) -> Family:
 
 
 @register("gpt_neo")
-def gpt_neo(model: nn.Module, config: Any) -> Family:
+def gpt_neo(model: nn.Module, config: Any) -> Stack:
     """Global and local attention in turns, both one level deeper than elsewhere."""
     del model
     return _decoder(
@@ -36,7 +36,7 @@ def gpt_neo(model: nn.Module, config: Any) -> Family:
 
 
 @register("gptj")
-def gptj(model: nn.Module, config: Any) -> Family:
+def gptj(model: nn.Module, config: Any) -> Stack:
     """Attention and MLP side by side."""
     del model
     return _decoder(
@@ -45,7 +45,7 @@ def gptj(model: nn.Module, config: Any) -> Family:
 
 
 @register("opt")
-def opt(model: nn.Module, config: Any) -> Family:
+def opt(model: nn.Module, config: Any) -> Stack:
     """The MLP's two projections lie in the layer itself."""
     del model
     return _decoder(
@@ -53,6 +53,6 @@ def opt(model: nn.Module, config: Any) -> Family:
     )
 
 
-def _decoder(config: Any, layers: str, attention: AttentionPattern, mlp: MlpPattern) -> Family:
+def _decoder(config: Any, layers: str, attention: AttentionPattern, mlp: MlpPattern) -> Stack:
     """As many kv heads as query heads."""
-    return Family(layers, attention, mlp, config.num_attention_heads, config.num_attention_heads)
+    return Stack(layers, attention, mlp, config.num_attention_heads, config.num_attention_heads)

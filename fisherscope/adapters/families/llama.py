@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from fisherscope.adapters.build import Family
-from fisherscope.adapters.patterns import AttentionPattern, Mlp, MlpPattern, Separate
+from fisherscope.adapters.build import MlpPatterns, Stack
+from fisherscope.adapters.patterns import AttentionPattern, Mlp, Separate
 from fisherscope.adapters.registry import register
 
 GATED = Mlp("mlp", expand=("gate_proj", "up_proj"), contract="down_proj")
@@ -38,52 +38,50 @@ TIED_BY_NORM = Separate(coupled=("Q", "K"))  # the norms of Q and K run over all
     "stablelm",
     "vaultgemma",
 )
-def llama(model: nn.Module, config: Any) -> Family:
+def llama(model: nn.Module, config: Any) -> Stack:
     """Separate projections and an MLP with a gate."""
     del model
     return decoder(config, Separate(), GATED)
 
 
 @register("olmo2", "olmo3")
-def olmo2(model: nn.Module, config: Any) -> Family:
+def olmo2(model: nn.Module, config: Any) -> Stack:
     """Llama's modules, with norms over all heads of Q and of K."""
     del model
     return decoder(config, TIED_BY_NORM, GATED)
 
 
 @register("glm", "glm4")
-def glm(model: nn.Module, config: Any) -> Family:
+def glm(model: nn.Module, config: Any) -> Stack:
     """The gate and up projections are one."""
     del model
     return decoder(config, Separate(), Mlp("mlp", expand=("gate_up_proj",), contract="down_proj", stacked=2))
 
 
 @register("apertus", "arcee", "nemotron")
-def arcee(model: nn.Module, config: Any) -> Family:
+def arcee(model: nn.Module, config: Any) -> Stack:
     """An MLP without a gate."""
     del model
     return decoder(config, Separate(), Mlp("mlp", expand=("up_proj",), contract="down_proj"))
 
 
 @register("starcoder2")
-def starcoder2(model: nn.Module, config: Any) -> Family:
+def starcoder2(model: nn.Module, config: Any) -> Stack:
     """Llama's attention, GPT-2's MLP."""
     del model
     return decoder(config, Separate(), Mlp("mlp", expand=("c_fc",), contract="c_proj"))
 
 
 @register("phi")
-def phi(model: nn.Module, config: Any) -> Family:
+def phi(model: nn.Module, config: Any) -> Stack:
     """Attention and MLP side by side, biases everywhere."""
     del model
     return decoder(config, Separate(output="dense"), Mlp("mlp", expand=("fc1",), contract="fc2"))
 
 
-def decoder(
-    config: Any, attention: AttentionPattern, mlp: MlpPattern | list[MlpPattern | None] | None
-) -> Family:
+def decoder(config: Any, attention: AttentionPattern, mlp: MlpPatterns) -> Stack:
     """Layers under "layers", head counts under the names that Llama's config uses."""
-    return Family(
+    return Stack(
         layers="layers",
         attention=attention,
         mlp=mlp,

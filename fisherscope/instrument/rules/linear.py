@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from fisherscope.adapters.modules import is_linear_map
 from fisherscope.instrument.rules.registry import LayerCall, register_rule
 from fisherscope.linalg import Dense, Factored, PerSampleGradient
 
 
-@register_rule(nn.Linear)
+@register_rule(nn.Linear, applies=is_linear_map)
 def linear(module: nn.Module, call: LayerCall, wanted: frozenset[str]) -> dict[str, PerSampleGradient]:
     """``g_W = sum_t d_t a_t'`` and ``g_b = sum_t d_t``; the layer itself has formed a W' and d W."""
     a, d = by_position(call.inputs), by_position(call.output_gradient)

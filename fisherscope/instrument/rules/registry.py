@@ -43,10 +43,13 @@ class Rule:
         handles: names of the layer's own parameters that the rule knows, such as ("weight", "bias").
         gradients: ``(module, call, wanted) -> {name: PerSampleGradient}``, where ``wanted`` is a subset of
             ``handles``.
+        applies: whether the rule holds for a module of its type; not, for instance, for a subclass that
+            computes something else.
     """
 
     handles: tuple[str, ...]
     gradients: RuleFunction
+    applies: Callable[[nn.Module], bool] | None = None
 
 
 _rules: dict[type[nn.Module], Rule] = {}
@@ -54,16 +57,19 @@ _loaded = False
 
 
 def register_rule(
-    *layer_types: type[nn.Module], handles: tuple[str, ...] = ("weight", "bias")
+    *layer_types: type[nn.Module],
+    handles: tuple[str, ...] = ("weight", "bias"),
+    applies: Callable[[nn.Module], bool] | None = None,
 ) -> Callable[[RuleFunction], RuleFunction]:
     """Decorator: the function yields the per-sample gradients of these layer types and their subclasses.
 
-    The rule of the most derived type wins; registering a type again replaces its rule.
+    The rule of the most derived type wins; registering a type again replaces its rule. ``applies`` tells for
+    single modules whether the rule holds.
     """
 
     def decorate(function: RuleFunction) -> RuleFunction:
         for layer_type in layer_types:
-            _rules[layer_type] = Rule(handles, function)
+            _rules[layer_type] = Rule(handles, function, applies)
         return function
 
     return decorate
@@ -74,7 +80,8 @@ def find_rule(module: nn.Module) -> Rule | None:
     _load()
     for layer_type in type(module).__mro__:
         if layer_type in _rules:
-            return _rules[layer_type]
+            rule = _rules[layer_type]
+            return rule if rule.applies is None or rule.applies(module) else None
     return None
 
 

@@ -1,0 +1,90 @@
+"""A small input that any model takes: what the numeric checks of a layout run on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fisherscope.adapters.injected import plain_layer
+from fisherscope.adapters.unwrap import uncompiled
+from fisherscope.errors import AdapterError
+
+POSITIONS = 5
+
+
+def run_small(model: nn.Module, rows: int, seed: int) -> None:
+    """One forward pass of the same random sample ``rows`` times, in evaluation mode and without gradients.
+
+    Every module's own mode is restored.
+
+    Raises:
+        AdapterError: the model takes neither token ids nor images, or does not run on them.
+    """
+    inputs = probe_inputs(model, rows, seed)
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with uncompiled(model), torch.no_grad():
+            model(**inputs)
+    except AdapterError:
+        raise
+    except Exception as error:
+        raise AdapterError(
+            f"{type(model).__name__} does not run on a small random input: {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def probe_inputs(model: nn.Module, rows: int, seed: int) -> dict[str, Any]:
+    """Keyword arguments of one forward pass: the same random sample ``rows`` times.
+
+    Raises:
+        AdapterError: the model takes neither token ids nor images.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    config: Any = model.config
+    main = getattr(model, "main_input_name", "input_ids")
+    if main == "pixel_values":
+        return {main: _image(model, config, generator).expand(rows, -1, -1, -1)}
+    if main != "input_ids":
+        raise AdapterError(
+            f"{type(model).__name__} takes {main!r}: heads are checked on token ids or images only"
+        )
+    ids = _ids(model, config, generator).expand(rows, -1)
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if getattr(config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = _ids(model, config, generator).expand(rows, -1)
+    if hasattr(config.get_text_config(), "use_cache"):
+        inputs["use_cache"] = False
+    return inputs
+
+
+def _ids(model: nn.Module, config: Any, generator: torch.Generator) -> Tensor:
+    """Random token ids ``[1, positions]`` that stand for text: none that a config gives another meaning."""
+    embeddings = plain_layer(model.get_input_embeddings())  # type: ignore[operator]
+    if not isinstance(embeddings, nn.Embedding):
+        raise AdapterError(f"{type(model).__name__} has no single table of token embeddings")
+    special = set(_special_ids(config)) | set(_special_ids(config.get_text_config()))
+    limit = min(embeddings.num_embeddings, config.get_text_config().vocab_size or embeddings.num_embeddings)
+    allowed = torch.tensor([i for i in range(limit) if i not in special] or list(range(limit)))
+    chosen = allowed[torch.randint(0, len(allowed), (1, POSITIONS), generator=generator)]
+    return chosen.to(embeddings.weight.device)
+
+
+def _special_ids(config: Any) -> Iterator[int]:
+    for name, value in vars(config).items():
+        if name.endswith(("token_id", "token_index")):
+            yield from (i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int))
+
+
+def _image(model: nn.Module, config: Any, generator: torch.Generator) -> Tensor:
+    size = config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    image = torch.randn(1, config.num_channels, height, width, generator=generator)
+    parameter = next(model.parameters())
+    return image.to(parameter.device, parameter.dtype)

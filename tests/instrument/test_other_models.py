@@ -1,0 +1,114 @@
+"""Gradients of encoders, of encoders with decoders and of image models, against the literal loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import fisherscope as fs
+from fisherscope.instrument.hooks import GradientTap, prepared
+from fisherscope.instrument.targets import select_targets
+from fisherscope.linalg import PerSampleGradient
+from tests import models
+
+TOLERANCE = 1e-5
+EXACT = (fs.Fisher(), fs.SampleGradients(parameters="all", dtype="float32"))
+
+
+def masked_loss(model: Any, batch: Any) -> Tensor:
+    """Summed loss of the labelled positions of an encoder, ``[n]``."""
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    return _summed(logits, batch.labels)
+
+
+def seq2seq_loss(model: Any, batch: Any) -> Tensor:
+    """Summed loss of the target, which is the source again, ``[n]``."""
+    start = torch.zeros_like(batch.input_ids[:, :1])
+    logits = model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        decoder_input_ids=torch.cat([start, batch.input_ids[:, :-1]], 1),
+    ).logits
+    return _summed(logits, batch.labels)
+
+
+def _summed(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none").sum(1)
+
+
+@pytest.mark.parametrize(
+    ("name", "loss"),
+    [("bert", masked_loss), ("roberta", masked_loss), ("t5", seq2seq_loss), ("t5-gated", seq2seq_loss)],
+)
+def test_gradients_equal_the_loop(name: str, loss: Callable[[Any, Any], Tensor], tmp_path: Path) -> None:
+    """Every linear parameter of every stack, with a loss of one's own; and head slices cut by hand."""
+    model = models.build(models.named(name))
+    data = models.rows(5)
+    scope = fs.wrap(model)
+    store = scope.collect(
+        {"a": data}, tmp_path / "run.fs", extensions=EXACT, objective=loss, batch_size=3, quiet=True
+    )
+    expected = [_alone(model, row, loss) for row in data]
+    assert len(scope.parameters) > 10
+    for parameter in scope.parameters:
+        found = store.gradients("a", parameter)
+        by_loop = torch.stack([sample[parameter] for sample in expected])
+        # a key bias moves all scores of a query alike, so its gradient is rounding; so is T5's first step
+        floor = 1e-3 * max(float(g.abs().max()) for sample in expected for g in sample.values())
+        assert models.relative_error(found, by_loop, floor=floor) <= TOLERANCE, parameter
+    for attention in scope.layout.attention:
+        for block in ("Q", "K", "V", "O"):
+            weight = attention.block(block).weight
+            width = weight.shape[weight.axis] // 4
+            by_loop = torch.stack([sample[weight.parameter] for sample in expected])
+            by_hand = by_loop.narrow(weight.axis + 1, 2 * width, width).flatten(1)
+            found = store.slice("a", layer=attention.layer, block=block, head=2, stack=attention.stack)
+            assert models.relative_error(found, by_hand, floor=1e-4) <= TOLERANCE
+
+
+def _alone(
+    model: torch.nn.Module, row: dict[str, Any], loss: Callable[[Any, Any], Tensor]
+) -> dict[str, Tensor]:
+    class One:
+        input_ids = torch.tensor([row["input_ids"]])
+        attention_mask = torch.ones_like(input_ids)
+        labels = torch.tensor([row["labels"]])
+
+    model.zero_grad()
+    loss(model, One).sum().backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def test_gradients_of_an_image_model_equal_the_loop() -> None:
+    """ViT: every linear parameter of the layers, for images of two classes in one batch."""
+    model = models.build(models.named("vit"))
+    layout = fs.wrap(model).layout
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(4, 3, 16, 16, generator=generator)
+    classes = torch.tensor([0, 3, 3, 1])
+    targets = select_targets(model, layout, "linear")
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str, gradient: PerSampleGradient) -> None:
+        found[name] = gradient.dense()
+
+    with prepared(model), GradientTap(targets, keep, torch.float32).attached(4, 5):
+        F.cross_entropy(model(pixel_values=images).logits, classes, reduction="sum").backward()
+    assert set(found) == set(targets.parameters)
+    for i in range(4):
+        model.zero_grad()
+        F.cross_entropy(model(pixel_values=images[i : i + 1]).logits, classes[i : i + 1]).backward()
+        for name, parameter in model.named_parameters():
+            if name in found:
+                assert parameter.grad is not None
+                # a key bias moves all scores of a query alike: its gradient is rounding
+                floor = float(found[name.replace(".bias", ".weight")][i].abs().max())
+                assert models.relative_error(found[name][i], parameter.grad, floor=floor) <= TOLERANCE, name
