@@ -3,7 +3,7 @@
 A model is built from each config class of the causal language models, runs a plain forward, and goes through
 ``resolve`` with every attention layer probed. The verdicts:
 
-    confirmed         the probe confirmed every head of every attention layer
+    confirmed         the probe confirmed every head of every attention layer that a plain forward calls
     module-level      usable by module and by row; heads are missing, and the reason says which
     refused           no layout
     not instantiated  the tiny model could not be built or does not run
@@ -116,21 +116,27 @@ class TimeLimitError(BaseException):
     """A model took too long; no handler of ``Exception`` on the way may take it for its own."""
 
 
-def classify(layout: ModelLayout | None, said: Sequence[str], error: BaseException | None) -> tuple[str, str]:
+def classify(
+    layout: ModelLayout | None, said: Sequence[str], error: BaseException | None, present: int
+) -> tuple[str, str]:
     """Verdict and reason.
 
     Args:
         layout: what ``resolve`` returned.
         said: the texts of its warnings.
         error: what it raised instead.
+        present: attention modules that the model calls.
     """
     if isinstance(error, AdapterError):
         return "refused", str(error)
     if error is not None or layout is None:
         return "refused", f"{type(error).__name__} instead of an AdapterError: {error}"
-    if layout.attention and not said:
-        return "confirmed", ""
-    return "module-level", said[0] if said else "no attention layer found, and no warning says so"
+    if said:
+        return "module-level", said[0]
+    found = len(layout.attention)
+    if not found or found < present:
+        return "module-level", f"heads in {found} of {present} attention modules, and no warning says so"
+    return "confirmed", f"{found - present} more than are called attention" if found > present else ""
 
 
 def examine(task: Task, model_type: str) -> Row:
@@ -144,7 +150,7 @@ def examine(task: Task, model_type: str) -> Row:
         reason = f"{type(error).__name__}: {error}"
         return Row(task.title, model_type, name, "not instantiated", reason=reason)
     layout, said, raised = _resolved(model)
-    verdict, reason = classify(layout, said, raised)
+    verdict, reason = classify(layout, said, raised, present)
     confirmed = len(layout.attention) if layout is not None else 0
     return Row(
         task.title,
@@ -179,17 +185,19 @@ def sweep(tasks: Sequence[Task], only: Sequence[str]) -> Iterator[Row]:
 
 
 def _running(task: Task, model_type: str, model_class: type[nn.Module]) -> tuple[nn.Module, int]:
-    """A tiny model that has run a plain forward with finite logits, and how much attention took part."""
+    """A tiny model whose plain forward gives finite logits, and how many attention modules that calls."""
     config = tiny.tiny_config(CONFIG_MAPPING[model_type], causal=task.causal)
     model = tiny.random_model(model_class, config)
+    inputs = task.inputs(model.config)
     called: set[nn.Module] = set()
     with torch.no_grad(), ExitStack() as stack:
+        if not model(**inputs).logits.isfinite().all():
+            raise FloatingPointError("the logits of a plain forward are not finite")
+        # counted in a second forward: a first one may exchange modules that do not suit short inputs
         for module in attention_modules(model):
             handle = module.register_forward_pre_hook(lambda this, _: called.add(this))
             stack.callback(handle.remove)
-        logits = model(**task.inputs(model.config)).logits
-    if not logits.isfinite().all():
-        raise FloatingPointError("the logits of a plain forward are not finite")
+        model(**inputs)
     return model, len(called)
 
 

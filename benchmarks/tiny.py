@@ -124,7 +124,8 @@ def tiny_arguments(config_class: type[PretrainedConfig]) -> dict[str, Any]:
             arguments[name] = TOKENS[name] if name in TOKENS else next(special)
         elif type(value) is int:
             arguments[name] = _small(name, value)
-    arguments |= {name: token for name, token in TOKENS.items() if not hasattr(default, name)}
+    if "vocab_size" in own:
+        arguments |= {name: token for name, token in TOKENS.items() if not hasattr(default, name)}
     if "num_key_value_heads" in own:
         arguments["num_key_value_heads"] = HEADS if "kv_lora_rank" in own else KV_HEADS
     if "head_dim" in own and vars(default).get("head_dim") is None:

@@ -49,14 +49,14 @@ def test_three_verdicts(tmp_path):
     ("layout", "said", "error", "verdict", "reason"),
     [
         (NO_HEADS, ["no heads in layer 1"], None, "module-level", "no heads in layer 1"),
-        (NO_HEADS, [], None, "module-level", "no warning says so"),
+        (NO_HEADS, [], None, "module-level", "heads in 0 of 4 attention modules, and no warning says so"),
         (None, [], AdapterError("wrong at layer 1"), "refused", "wrong at layer 1"),
         (None, [], KeyError("rope"), "refused", "KeyError instead of an AdapterError"),
     ],
 )
 def test_verdicts_without_heads(script, layout, said, error, verdict, reason):
     """What was said or raised is the reason, and an exception of another kind is called by its name."""
-    found, why = script.classify(layout, said, error)
+    found, why = script.classify(layout, said, error, 4)
     assert found == verdict
     assert reason in why
 

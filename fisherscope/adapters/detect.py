@@ -183,9 +183,12 @@ def _read_layer(model: nn.Module, where: str, calls: Sequence[_Call], reasons: l
     used: set[str] = set()
     # norms over all heads are rare: such readings come last
     proposals = sorted(_attention_proposals(model, where, once), key=lambda p: bool(p.coupled))
-    for proposal in proposals[:_MOST_PROPOSALS]:
+    tried = 0
+    for proposal in proposals:
         if used & set(proposal.used) or any(p.is_cross == proposal.is_cross for p in layer.attention):
             continue
+        if (tried := tried + 1) > _MOST_PROPOSALS:
+            break
         problem = _refused(lambda p=proposal: _check_attention(model, where, p))  # type: ignore[misc]
         if problem is None:
             layer.attention.append(proposal)

@@ -18,17 +18,35 @@ POSITIONS = 5
 def run_small(model: nn.Module, rows: int, seed: int) -> None:
     """One forward pass of the same random sample ``rows`` times, in evaluation mode and without gradients.
 
-    Every module's own mode is restored.
-
     Raises:
         AdapterError: the model takes neither token ids nor images, or does not run on them.
     """
     inputs = probe_inputs(model, rows, seed)
+    with torch.no_grad():
+        _run(model, inputs)
+
+
+def first_output(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    """The first tensor that a model returns: logits or hidden states.
+
+    Raises:
+        AdapterError: it does not run on these inputs, or returns no tensor of floating point.
+    """
+    output = _run(model, inputs)
+    values = output.values() if isinstance(output, dict) else output
+    for value in [values] if isinstance(values, Tensor) else values:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value
+    raise AdapterError(f"{type(model).__name__} returns no tensor")
+
+
+def _run(model: nn.Module, inputs: dict[str, Any]) -> Any:
+    """A forward pass in evaluation mode; every module's own mode is restored."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with uncompiled(model), torch.no_grad():
-            model(**inputs)
+        with uncompiled(model):
+            return model(**inputs)
     except AdapterError:
         raise
     except Exception as error:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fisherscope.cli import analyze, collect, demo, inspect
+from fisherscope.cli import adapters, analyze, collect, demo, inspect
 
 __all__ = ["app", "main"]
 
@@ -22,6 +22,7 @@ app.command()(demo.demo)
 app.command()(collect.collect)
 app.command()(analyze.analyze)
 app.command()(inspect.inspect)
+app.add_typer(adapters.app, name="adapters")
 
 
 def _show_version(value: bool) -> None:

@@ -26,6 +26,7 @@ def load_model(
     attn: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    of_any_task: bool = False,
 ) -> Any:
     """Load a causal language model in eval mode.
 
@@ -36,6 +37,7 @@ def load_model(
         attn: attention implementation, such as "eager"; None leaves the choice to transformers.
         revision: branch, tag or commit on the hub.
         trust_remote_code: run code that comes with the model.
+        of_any_task: load what the checkpoint was saved from, be it a causal language model or not.
 
     Raises:
         ModelLoadError: it cannot be loaded; the message says why and what to do.
@@ -48,6 +50,8 @@ def load_model(
 
         auto: Any = transformers.AutoModelForCausalLM
         try:
+            if of_any_task:
+                auto = _class_of(source, revision, trust_remote_code=trust_remote_code)
             model, info = auto.from_pretrained(
                 source,
                 dtype=dtype,
@@ -64,6 +68,18 @@ def load_model(
             stacklevel=2,
         )
     return model.to(target).eval()
+
+
+def _class_of(source: str, revision: str | None, *, trust_remote_code: bool) -> Any:
+    """The class that a checkpoint was saved from, as far as transformers has it."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(
+        source, revision=revision or "main", trust_remote_code=trust_remote_code
+    )
+    names = config.architectures or []
+    found = (getattr(transformers, name, None) for name in names)
+    return next((kind for kind in found if kind is not None), transformers.AutoModelForCausalLM)
 
 
 def load_tokenizer(source: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:

@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisherscope.errors import CoupledSamplesError, FisherscopeError, NonFiniteError
+from fisherscope.errors import CoupledSamplesError, CoverageError, FisherscopeError, NonFiniteError
 from fisherscope.instrument.batch import Batch
 from fisherscope.instrument.objectives import Objective
 
 _TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-6}
 _TOLERANCE_LOW_PRECISION = 1e-1
+_AUTOGRAD_TOLERANCE = 2e-3
+_AUTOGRAD_TOLERANCE_LOW_PRECISION = 0.5
+_SHOWN = 3
 _FLOOR = 1e-2  # of the largest group: below it, rounding may be a large part of a value
 
 
@@ -60,6 +63,36 @@ def check_rows(square: Tensor, parameter_of: Callable[[int], str], batch: Batch)
         )
 
 
+def check_against_autograd(
+    found: Tensor, reference: Tensor, parameter_of: Callable[[int], str], sample: str, dtype: torch.dtype
+) -> None:
+    """What the hooks found is what an ordinary backward pass finds.
+
+    Args:
+        found, reference: group values of the sample, ``[groups]``.
+        parameter_of: name of the parameter (or MLP) of a group.
+        sample: its id.
+        dtype: of the model's weights, or that of the rules if it is coarser.
+
+    Raises:
+        CoverageError: they differ by more than rounding, for instance because the model uses a weight without
+            calling its layer.
+    """
+    differences = _relative_differences(found, reference)
+    # a weight used twice has four times the square, one used around its layer none: rounding is far from both
+    low = dtype not in _TOLERANCE
+    tolerance = _AUTOGRAD_TOLERANCE_LOW_PRECISION if low else _AUTOGRAD_TOLERANCE
+    wrong = (differences > tolerance).nonzero().flatten().tolist()
+    if wrong:
+        names = list(dict.fromkeys(parameter_of(group) for group in wrong))
+        raise CoverageError(
+            f"the gradients of {sample} with respect to {', '.join(names[:_SHOWN])}"
+            f"{', ...' if len(names) > _SHOWN else ''} ({len(wrong)} groups) are not what autograd finds: "
+            "the model uses weights around their layers' calls, or changes what a layer returns; leave them "
+            "out with parameters=[...] (see scope.coverage() for the names)"
+        )
+
+
 def check_independence(alone: Tensor, together: Tensor, sample: str, dtype: torch.dtype) -> None:
     """The same sample has the same gradient alone and among others.
 
@@ -71,16 +104,23 @@ def check_independence(alone: Tensor, together: Tensor, sample: str, dtype: torc
     Raises:
         CoupledSamplesError: the values differ by more than rounding.
     """
-    tolerance = _TOLERANCE.get(dtype, _TOLERANCE_LOW_PRECISION)
-    larger = torch.maximum(alone, together)
-    floor = _FLOOR * larger.max() + torch.finfo(alone.dtype).tiny
-    difference = float(((alone - together).abs() / (larger + floor)).max())
-    if difference > tolerance:
+    difference = float(_relative_differences(alone, together).max())
+    if difference > _tolerance(dtype):
         raise CoupledSamplesError(
             f"the gradient of {sample} changes by {difference:.1%} with the other samples of its batch: "
             "something couples them (batch normalisation, a loss over the whole batch, position ids that "
             "ignore padding), so per-sample gradients do not exist; use batch_size=1 or remove the coupling"
         )
+
+
+def _relative_differences(first: Tensor, second: Tensor) -> Tensor:
+    larger = torch.maximum(first, second)
+    floor = _FLOOR * larger.max() + torch.finfo(first.dtype).tiny
+    return (first - second).abs() / (larger + floor)
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return _TOLERANCE.get(dtype, _TOLERANCE_LOW_PRECISION)
 
 
 def _first_non_finite_module(model: nn.Module, objective: Objective, batch: Batch) -> str:

@@ -16,7 +16,7 @@ import torch
 
 from fisherscope.errors import Interrupted, StoreError
 from fisherscope.instrument.batch import Batch, make_batch
-from fisherscope.instrument.checks import check_independence, check_rows
+from fisherscope.instrument.checks import check_against_autograd, check_independence, check_rows
 from fisherscope.instrument.data import Sample
 from fisherscope.instrument.extensions import Collector, Extension
 from fisherscope.instrument.extensions.base import Context
@@ -85,7 +85,7 @@ class Collection:
         """
         for plan in plans:
             self.writer.declare_task(plan.name, [sample.key for sample in plan.samples])
-        self._check_independence(plans)
+        self._check_gradients(plans)
         for plan in plans:
             self._run_task(plan)
         if self.stop.signal is not None:
@@ -239,24 +239,30 @@ class Collection:
             self.stop.signal,
         )
 
-    def _check_independence(self, plans: Sequence[TaskPlan]) -> None:
-        """Once: a sample has the same gradient alone and padded to the length of a longer one."""
+    def _check_gradients(self, plans: Sequence[TaskPlan]) -> None:
+        """Once: a sample has the gradient that autograd finds, and the same beside a longer one."""
         batches = [
             (plan, batch)
             for plan in plans
             for batch in plan.batches
-            if len(batch) > 1 and not self.writer.committed_rows(plan.name)
+            if not self.writer.committed_rows(plan.name)
         ]
         if not batches:
             return
         # padding is what couples samples most often: take the planned batch with the most of it
-        plan, batch = max(batches, key=lambda b: _spread(*b))
-        rows = (batch[0], batch[-1])
+        plan, rows = max(batches, key=lambda b: (len(b[1]) > 1, _spread(*b)))
+        sample = f"{plan.name}_{rows[0]}"
+        groups = self.context.groups.groups
         values = GroupValues(self.context)
-        self.batch_pass.run(self._batch(plan, rows), [values])
-        together = values.square[0].clone()
-        self.batch_pass.run(self._batch(plan, rows[:1]), [values])
-        check_independence(values.square[0], together, f"{plan.name}_{rows[0]}", self.model_dtype)
+        single = self._batch(plan, rows[:1])
+        self.batch_pass.run(single, [values])
+        alone = values.square[0].double().cpu()
+        reference = self.batch_pass.by_autograd(single)
+        coarser = max(self.model_dtype, self.batch_pass.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+        check_against_autograd(alone, reference, lambda g: groups[g].parameter, sample, coarser)
+        if len(rows) > 1:
+            self.batch_pass.run(self._batch(plan, (rows[0], rows[-1])), [values])
+            check_independence(alone, values.square[0].double().cpu(), sample, self.model_dtype)
 
 
 def _spread(plan: TaskPlan, batch: Sequence[int]) -> int:

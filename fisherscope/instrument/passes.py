@@ -14,6 +14,7 @@ from fisherscope.instrument.emission import Emission, Sinks
 from fisherscope.instrument.extensions.base import Collector, Context
 from fisherscope.instrument.hooks import GradientTap
 from fisherscope.instrument.objectives import Objective
+from fisherscope.instrument.reference import group_squares
 from fisherscope.instrument.targets import Targets
 from fisherscope.layout import GroupTable
 from fisherscope.linalg import Dense, PerSampleGradient
@@ -22,7 +23,11 @@ from fisherscope.store import SegmentWriter
 
 
 class BatchPass:
-    """Runs batches of one model; to be used inside :func:`~fisherscope.instrument.hooks.prepared`."""
+    """Runs batches of one model; to be used inside :func:`~fisherscope.instrument.hooks.prepared`.
+
+    Attributes:
+        dtype: in which rules multiply.
+    """
 
     def __init__(
         self,
@@ -39,7 +44,7 @@ class BatchPass:
         self._tap = GradientTap(
             targets, self._emit, compute_dtype, input_cut=_sites_cut_on_the_input(targets, context.groups)
         )
-        self._dtype = compute_dtype
+        self.dtype = compute_dtype
         self._collectors: Sequence[Collector] = ()
         self._batch: Batch | None = None
         self._factors = torch.empty(0)
@@ -83,6 +88,12 @@ class BatchPass:
             collector.end(segment, start)
         return losses.detach().double().cpu()
 
+    def by_autograd(self, batch: Batch) -> Tensor:
+        """``sum g ** 2`` of each group for a batch of one sample, ``[groups]``, by an ordinary backward."""
+        return group_squares(
+            self._model, self._objective, batch, self._context.parameters, self._context.groups
+        )
+
     def _emit(self, name: str, gradient: PerSampleGradient) -> None:
         if self._batch is None:
             raise RuntimeError("a gradient arrived outside a batch")
@@ -91,7 +102,7 @@ class BatchPass:
             parameter=name,
             batch=self._batch,
             gradient=gradient,
-            theta=self._context.parameters[name].detach().to(self._dtype),
+            theta=self._context.parameters[name].detach().to(self.dtype),
             members=self._context.groups.members[name],
             factors=self._factors.to(gradient.device),
             sinks=_only(collector.sinks(name) for collector in self._collectors),

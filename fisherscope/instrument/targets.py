@@ -11,6 +11,7 @@ from torch import nn
 
 from fisherscope.adapters.modules import is_linear_map
 from fisherscope.errors import CoverageError
+from fisherscope.instrument.reference import used_without_a_call
 from fisherscope.instrument.rules import Rule, find_rule
 from fisherscope.layout import ModelLayout, ParameterInfo
 
@@ -73,13 +74,15 @@ def select_targets(model: nn.Module, layout: ModelLayout, choice: ParameterChoic
             uses.setdefault(canonical[id(parameter)], []).append((path, module, local))
     rows, parameters = [], []
     found: dict[str, Site] = {}
+    chosen = [i.name for i in layout.parameters if _is_selected(i, choice, [m for _, m, _ in uses[i.name]])]
+    around = used_without_a_call(model, {name: [m for _, m, _ in uses[name]] for name in chosen})
     for info in layout.parameters:
-        selected = _is_selected(info, choice, [m for _, m, _ in uses[info.name]])
+        selected = info.name in chosen
         rules = [(path, module, local, find_rule(module)) for path, module, local in uses[info.name]]
         missing = [
             type(module).__name__ for _, module, local, rule in rules if not rule or local not in rule.handles
         ]
-        covered = selected and not missing
+        covered = selected and not missing and info.name not in around
         if covered:
             parameters.append(info.name)
             for path, module, local, rule in rules:
@@ -88,7 +91,13 @@ def select_targets(model: nn.Module, layout: ModelLayout, choice: ParameterChoic
                         path, Site(path, module, rule, {}, info.kind in {"attention", "mlp"})
                     )
                     site.parameters[local] = info.name
-        reason = "" if covered else "not selected" if not selected else f"no rule for {missing[0]}"
+        reason = ""
+        if not selected:
+            reason = "not selected"
+        elif missing:
+            reason = f"no rule for {missing[0]}"
+        elif info.name in around:
+            reason = "used without a call of its module"
         rows.append((info, selected, covered, type(uses[info.name][0][1]).__name__, reason))
     coverage = _coverage_frame(rows)
     _check(coverage, choice)

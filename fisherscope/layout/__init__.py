@@ -5,6 +5,7 @@ from fisherscope.layout.groups import Group, GroupTable, Member
 from fisherscope.layout.mlp import ExpertsLayout, MlpLayout, RowsLayout
 from fisherscope.layout.model import ModelLayout, ParameterInfo
 from fisherscope.layout.partition import Partition
+from fisherscope.layout.query_heads import per_query_head
 from fisherscope.layout.slices import Cut, ParameterSlice
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "ParameterSlice",
     "Partition",
     "RowsLayout",
+    "per_query_head",
 ]

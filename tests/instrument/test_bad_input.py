@@ -295,3 +295,18 @@ def test_inside_inference_mode(model: torch.nn.Module, tmp_path: Path) -> None:
     with torch.inference_mode():
         store = fs.wrap(model).collect({"a": models.rows(3)}, tmp_path / "run.fs", quiet=True)
     assert store.is_complete("a")
+
+
+def test_a_weight_that_is_used_around_its_layer_is_found(model: torch.nn.Module, tmp_path: Path) -> None:
+    """The hooks' gradients of one sample are compared with an ordinary backward pass first."""
+    projection = model.model.layers[1].mlp.down_proj
+
+    def around(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        return causal_lm(model, batch) + projection.weight.square().sum()
+
+    out = tmp_path / "run.fs"
+    with pytest.raises(CoverageError, match=r"model\.layers\.1\.mlp\.down_proj.*not what autograd finds"):
+        fs.wrap(model, parameters="linear").collect({"a": models.rows(3)}, out, objective=around, quiet=True)
+    assert not out.exists()
+    chosen = fs.wrap(model, parameters="attention")
+    chosen.collect({"a": models.rows(3)}, out, objective=around, quiet=True)

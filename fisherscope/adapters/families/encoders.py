@@ -17,7 +17,10 @@ _BERT = Separate("attention", "self.query", "self.key", "self.value", "output.de
 
 @register("bert", "camembert", "electra", "roberta", "xlm-roberta", "xlm-roberta-xl")
 def bert(model: nn.Module, config: Any) -> Stack | list[Stack]:
-    """The output module adds the residual and a norm; a decoder may look at an encoder's states, too."""
+    """Separate projections; with cross attention where it is configured.
+
+    The output module adds the residual and a norm, so only its projection is looked at.
+    """
     del model
     heads = config.num_attention_heads
     mlp = Mlp("", expand=("intermediate.dense",), contract="output.dense")
@@ -31,7 +34,7 @@ def bert(model: nn.Module, config: Any) -> Stack | list[Stack]:
 
 @register("vit")
 def vit(model: nn.Module, config: Any) -> Stack:
-    """Names differ between versions of transformers."""
+    """Separate projections, whose names differ between versions of transformers."""
     heads = config.num_attention_heads
     base: Any = getattr(model, "base_model", model)
     if hasattr(base, "encoder"):
@@ -52,7 +55,7 @@ def vit(model: nn.Module, config: Any) -> Stack:
 
 @register("mt5", "t5", "umt5")
 def t5(model: nn.Module, config: Any) -> list[Stack]:
-    """An encoder, and a decoder with self-attention and cross attention; later versions have a gate."""
+    """Separate projections in encoder, decoder and cross attention; the MLP may have a gate."""
     attention = Separate("layer.0.SelfAttention", "q", "k", "v", "o")
     gated = any(name.endswith(".wi_1") and is_linear_map(m) for name, m in model.named_modules())
     expand = ("wi_0", "wi_1") if gated else ("wi",)

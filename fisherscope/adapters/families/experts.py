@@ -22,35 +22,35 @@ _SEVERAL_SHARED = replace(_DENSE, module="mlp.shared_experts")
 
 @register("mixtral", "qwen2_moe", "qwen3_moe")
 def mixtral(model: nn.Module, config: Any) -> Stack:
-    """Llama's attention; Qwen's may have dense layers among the others, and a shared expert."""
+    """Separate projections; dense layers and shared experts where there are any."""
     del model
     return decoder(config, Separate(), (_DENSE, _SHARED))
 
 
 @register("olmoe")
 def olmoe(model: nn.Module, config: Any) -> Stack:
-    """Norms over all heads of Q and of K."""
+    """Separate projections, coupled: norms run over all heads of Q and of K."""
     del model
     return decoder(config, TIED_BY_NORM, None)
 
 
 @register("gpt_oss")
 def gpt_oss(model: nn.Module, config: Any) -> Stack:
-    """A logit per head takes attention away."""
+    """Separate projections and a sink, a logit per head that takes attention away."""
     del model
     return decoder(config, Separate(sinks="sinks"), None)
 
 
 @register("qwen3_next")
 def qwen3_next(model: nn.Module, config: Any) -> Stack:
-    """Gated attention in some layers, linear attention, which has no heads of this kind, in the others."""
+    """Separate projections, Q with gates; layers of linear attention have no such heads."""
     del model
     return decoder(config, Separate(gated=True, optional=True), (_DENSE, _SHARED))
 
 
 @register("llama4", "llama4_text")
 def llama4(model: nn.Module, config: Any) -> Stack:
-    """Dense layers and mixtures with a shared expert in turns."""
+    """Separate projections; dense layers and mixtures with a shared expert in turns."""
     del model
     dense: Mlp = replace(_DENSE, module="feed_forward")
     return decoder(config, Separate(), (dense, replace(dense, module="feed_forward.shared_expert")))
@@ -58,6 +58,6 @@ def llama4(model: nn.Module, config: Any) -> Stack:
 
 @register("deepseek_v2", "deepseek_v3")
 def deepseek(model: nn.Module, config: Any) -> Stack:
-    """Multi-head latent attention; the first layers are dense."""
+    """Latent attention: keys and values expanded from what all heads share."""
     del model
     return decoder(config, Latent(), (_DENSE, _SEVERAL_SHARED))

@@ -17,7 +17,10 @@ _FOUR_H = Mlp("mlp", expand=("dense_h_to_4h",), contract="dense_4h_to_h")
 
 @register("gpt_neox")
 def gpt_neox(model: nn.Module, config: Any) -> Stack:
-    """One kv head per query head; a ``num_key_value_heads`` in the config is ignored by the model."""
+    """One projection, [query, key, value] head by head.
+
+    The model ignores a ``num_key_value_heads`` in its config.
+    """
     del model
     heads = config.num_attention_heads
     return Stack("layers", Grouped("attention", "query_key_value", "dense"), _FOUR_H, heads, heads)
@@ -25,7 +28,10 @@ def gpt_neox(model: nn.Module, config: Any) -> Stack:
 
 @register("bloom")
 def bloom(model: nn.Module, config: Any) -> Stack:
-    """As GPT-NeoX; the attention module adds the residual, so only its projections are looked at."""
+    """One projection, [query, key, value] head by head.
+
+    The attention module adds the residual, so only its projections are looked at.
+    """
     del model
     heads = config.num_attention_heads
     return Stack("h", _BY_HEAD, _FOUR_H, heads, heads)
@@ -33,7 +39,10 @@ def bloom(model: nn.Module, config: Any) -> Stack:
 
 @register("falcon")
 def falcon(model: nn.Module, config: Any) -> Stack:
-    """Three layouts that differ in the number of kv heads alone: given, one, or one per query head."""
+    """One projection, [queries, key, value] kv head by kv head.
+
+    Three layouts that differ in the number of kv heads alone: given, one, or one per query head.
+    """
     del model
     heads = config.num_attention_heads
     kv_heads = 1 if config.multi_query else heads
@@ -44,7 +53,7 @@ def falcon(model: nn.Module, config: Any) -> Stack:
 
 @register("mpt")
 def mpt(model: nn.Module, config: Any) -> Stack:
-    """All queries, all keys, all values."""
+    """One projection, all queries, all keys, all values."""
     del model
     return Stack(
         layers="blocks",
@@ -57,7 +66,7 @@ def mpt(model: nn.Module, config: Any) -> Stack:
 
 @register("codegen")
 def codegen(model: nn.Module, config: Any) -> Stack:
-    """Four parts, each [queries | values | keys]: values come before keys."""
+    """One projection in four parts, each [queries, values, keys]."""
     del model
     return Stack(
         layers="h",
@@ -70,7 +79,7 @@ def codegen(model: nn.Module, config: Any) -> Stack:
 
 @register("phi3")
 def phi3(model: nn.Module, config: Any) -> Stack:
-    """All queries, all keys, all values; the MLP's gate and up projections are one, too."""
+    """One projection, all queries, all keys, all values; gate and up are one, too."""
     del model
     return decoder(
         config,

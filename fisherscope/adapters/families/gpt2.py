@@ -13,7 +13,7 @@ from fisherscope.adapters.registry import register
 
 @register("gpt2")
 def gpt2(model: nn.Module, config: Any) -> Stack:
-    """One fused ``Conv1D``, so heads are columns: its weight is [in, out]."""
+    """All queries, all keys, all values in one Conv1D: heads are columns of its weight."""
     del model
     return _decoder(
         config,
@@ -25,7 +25,7 @@ def gpt2(model: nn.Module, config: Any) -> Stack:
 
 @register("gpt_neo")
 def gpt_neo(model: nn.Module, config: Any) -> Stack:
-    """Global and local attention in turns, both one level deeper than elsewhere."""
+    """Separate projections; global and local attention in turns."""
     del model
     return _decoder(
         config,
@@ -37,7 +37,7 @@ def gpt_neo(model: nn.Module, config: Any) -> Stack:
 
 @register("gptj")
 def gptj(model: nn.Module, config: Any) -> Stack:
-    """Attention and MLP side by side."""
+    """Separate projections; attention and MLP side by side."""
     del model
     return _decoder(
         config, "h", Separate("attn", output="out_proj"), Mlp("mlp", expand=("fc_in",), contract="fc_out")
@@ -46,7 +46,7 @@ def gptj(model: nn.Module, config: Any) -> Stack:
 
 @register("opt")
 def opt(model: nn.Module, config: Any) -> Stack:
-    """The MLP's two projections lie in the layer itself."""
+    """Separate projections; the MLP's two lie in the layer itself."""
     del model
     return _decoder(
         config, "decoder.layers", Separate(output="out_proj"), Mlp("", expand=("fc1",), contract="fc2")

@@ -46,35 +46,35 @@ def llama(model: nn.Module, config: Any) -> Stack:
 
 @register("olmo2", "olmo3")
 def olmo2(model: nn.Module, config: Any) -> Stack:
-    """Llama's modules, with norms over all heads of Q and of K."""
+    """Separate projections, coupled: norms run over all heads of Q and of K."""
     del model
     return decoder(config, TIED_BY_NORM, GATED)
 
 
 @register("glm", "glm4")
 def glm(model: nn.Module, config: Any) -> Stack:
-    """The gate and up projections are one."""
+    """Separate projections; the MLP's gate and up projections are one."""
     del model
     return decoder(config, Separate(), Mlp("mlp", expand=("gate_up_proj",), contract="down_proj", stacked=2))
 
 
 @register("apertus", "arcee", "nemotron")
 def arcee(model: nn.Module, config: Any) -> Stack:
-    """An MLP without a gate."""
+    """Separate projections and an MLP without a gate."""
     del model
     return decoder(config, Separate(), Mlp("mlp", expand=("up_proj",), contract="down_proj"))
 
 
 @register("starcoder2")
 def starcoder2(model: nn.Module, config: Any) -> Stack:
-    """Llama's attention, GPT-2's MLP."""
+    """Separate projections and GPT-2's MLP."""
     del model
     return decoder(config, Separate(), Mlp("mlp", expand=("c_fc",), contract="c_proj"))
 
 
 @register("phi")
 def phi(model: nn.Module, config: Any) -> Stack:
-    """Attention and MLP side by side, biases everywhere."""
+    """Separate projections with biases; attention and MLP side by side."""
     del model
     return decoder(config, Separate(output="dense"), Mlp("mlp", expand=("fc1",), contract="fc2"))
 
