@@ -89,7 +89,8 @@ def text_prefix(model: nn.Module) -> str:
     """Path of the text model inside a multimodal one, with a dot at its end; "" where it is all text."""
     config: Any = model.config
     text = config.get_text_config()
-    if text is config:
+    # of an encoder-decoder that is the decoder's alone
+    if text is config or getattr(config, "is_encoder_decoder", False):
         return ""
     for path, module in model.named_modules():
         if path and getattr(module, "config", None) is text:

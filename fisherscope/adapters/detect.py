@@ -9,7 +9,7 @@ none is believed before the probe has confirmed it. Names of modules are never l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import permutations
@@ -75,7 +75,8 @@ class Detection:
 
     Attributes:
         layout: heads and channels that the probe confirmed.
-        without_heads: paths of the layers in which no heads were confirmed.
+        without_heads: paths of the layers in which no heads were confirmed, and of further modules that are
+            called attention and were run.
         reason: why not, in words, for the first of them.
     """
 
@@ -116,24 +117,46 @@ def detect(model: nn.Module, model_type: str) -> Detection:
         # the path of a single stack does not tell what it is: BERT's may decode, ViT's is called "layers"
         name = "decoder" if is_causal(model, layout.attention[0]) else "encoder"
         layout = build_layout(model, model_type, [replace(s, name=name) for s in stacks], source="detected")
-    return Detection(layout, tuple(missing), reasons[0] if reasons else "no projections were found in them")
+    missing += _unexplained(model, layout, calls)
+    return Detection(layout, tuple(missing), reasons[0] if reasons else "no projections were found there")
 
 
 def _stacks(path: str, name: str, layers: Sequence[_Layer]) -> Iterator[Stack]:
+    """The layers' MLPs and first self-attention, then further ones ("decoder 2"), then cross attention."""
     own = [[p for p in layer.attention if not p.is_cross] for layer in layers]
-    cross = [[p for p in layer.attention if p.is_cross] for layer in layers]
-    for attention, stack, mlps in ((own, name, True), (cross, "cross", False)):
-        if stack == "cross" and not any(attention):
-            continue
-        firsts = [found[0] if found else None for found in attention]
+    most = max([1, *map(len, own)])
+    columns = [tuple(found[k] if k < len(found) else None for found in own) for k in range(most)]
+    cross = tuple(next((p for p in layer.attention if p.is_cross), None) for layer in layers)
+    names = [name, *(f"{name} {number}" for number in range(2, len(columns) + 1))]
+    if any(cross):
+        columns.append(cross)
+        names.append("cross")
+    for number, (column, stack) in enumerate(zip(columns, names, strict=True)):
         yield Stack(
             layers=path,
-            attention=[p.pattern if p else None for p in firsts],
-            mlp=[tuple(layer.mlps) if mlps else None for layer in layers],
-            n_heads=[p.n_heads if p else 1 for p in firsts],
-            n_kv_heads=[p.n_kv_heads if p else 1 for p in firsts],
+            attention=[p.pattern if p else None for p in column],
+            mlp=[tuple(layer.mlps) if number == 0 else None for layer in layers],
+            n_heads=[p.n_heads if p else 1 for p in column],
+            n_kv_heads=[p.n_kv_heads if p else 1 for p in column],
             name=stack,
         )
+
+
+def _unexplained(model: nn.Module, layout: ModelLayout, calls: Mapping[str, Sequence[_Call]]) -> list[str]:
+    """Attention modules, by the names of their classes, that were run in layers with heads and hold none."""
+    known = {block.weight.parameter for _, block in layout.head_blocks()}
+    layers = {a.module for a in layout.attention}
+    found = []
+    for where, made in calls.items():
+        if not any(module.startswith(f"{where}.") for module in layers):
+            continue
+        for path, module in model.get_submodule(where).named_modules():
+            prefix = f"{where}.{path}."
+            projections = [c for c in made if f"{where}.{c.path}".startswith(prefix)]
+            named = "attention" in type(module).__name__.lower()
+            if named and len(projections) > 1 and not any(name.startswith(prefix) for name in known):
+                found.append(f"{where}.{path}")
+    return found
 
 
 def _trace(model: nn.Module, lists: Sequence[str]) -> dict[str, list[_Call]]:
@@ -181,11 +204,14 @@ def _read_layer(model: nn.Module, where: str, calls: Sequence[_Call], reasons: l
         first.setdefault(call.path, call)
     once = list(first.values())
     used: set[str] = set()
-    # norms over all heads are rare: such readings come last
-    proposals = sorted(_attention_proposals(model, where, once), key=lambda p: bool(p.coupled))
+    sizes = {call.path: (call.inputs, call.outputs) for call in once}
+    # norms over all heads are rare: such readings come last; those that explain most maps come first
+    proposals = sorted(
+        _attention_proposals(model, where, once), key=lambda p: (bool(p.coupled), -len(p.used))
+    )
     tried = 0
     for proposal in proposals:
-        if used & set(proposal.used) or any(p.is_cross == proposal.is_cross for p in layer.attention):
+        if used & set(proposal.used) or not _may_come_next(proposal, layer.attention, sizes):
             continue
         if (tried := tried + 1) > _MOST_PROPOSALS:
             break
@@ -203,6 +229,17 @@ def _read_layer(model: nn.Module, where: str, calls: Sequence[_Call], reasons: l
             layer.mlps.append(mlp)
             used |= paths
     return layer
+
+
+def _may_come_next(
+    proposal: _Proposal, found: Sequence[_Proposal], sizes: Mapping[str, tuple[int, int]]
+) -> bool:
+    """A layer has one self-attention and one cross attention, or several of the same shape (LongCat)."""
+    same = [other for other in found if other.is_cross == proposal.is_cross]
+    if proposal.is_cross:
+        return not same
+    shapes = [sizes[path] for path in proposal.used]
+    return all(shapes == [sizes[path] for path in other.used] for other in same)
 
 
 def _refused(check: Callable[[], None]) -> str | None:

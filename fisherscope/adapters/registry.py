@@ -136,7 +136,7 @@ def _detected(model: nn.Module, model_type: str, *, every_layer: bool, strict: b
         layout, missing, reason = build_modules(model, model_type), [], str(error)
     if layout.attention and not missing:
         return layout
-    where = f"{len(missing)} of its layers ({missing[0]}, ...)" if layout.attention else "any layer"
+    where = f"{len(missing)} of its modules ({missing[0]}, ...)" if layout.attention else "any layer"
     message = (
         f"no adapter is registered for model_type {model_type!r}, and no heads could be confirmed in "
         f"{where}: {reason}. What is left there is modules and rows; for heads, describe the layers in about "

@@ -60,7 +60,7 @@ def test_structure_alone_gives_what_adapters_say(
 def test_layers_without_heads_are_named_once() -> None:
     """A hybrid model: gated heads where there is attention, one warning that names the other layers."""
     model = models.build(models.named("qwen3_next"))
-    with pytest.warns(UserWarning, match=r"in 2 of its layers \(model\.layers\.1, \.\.\.\)") as caught:
+    with pytest.warns(UserWarning, match=r"in 2 of its modules \(model\.layers\.1, \.\.\.\)") as caught:
         layout = resolve(model)
     assert len(caught) == 1
     assert [(a.layer, a.has("gate")) for a in layout.attention] == [(0, True), (2, True)]

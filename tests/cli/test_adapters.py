@@ -75,6 +75,7 @@ def test_check_takes_models_of_any_task(run, others):
     assert "confirmed: every head (2) of 1 attention layers, found from the structure" in result.output
 
 
+@pytest.mark.filterwarnings("default::UserWarning")
 def test_check_says_what_is_missing(run, others):
     result = run("adapters", "check", others["bitnet"])
     assert result.exit_code == 0
