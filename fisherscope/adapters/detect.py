@@ -34,7 +34,7 @@ from fisherscope.errors import AdapterError
 from fisherscope.layout import ModelLayout
 
 _ORDERS = tuple(permutations(("Q", "K", "V")))
-_MOST_PROPOSALS = 200
+_MOST_PROPOSALS = 120
 _COUPLINGS: tuple[tuple[str, ...], ...] = ((), ("Q", "K"))
 
 
@@ -205,10 +205,7 @@ def _read_layer(model: nn.Module, where: str, calls: Sequence[_Call], reasons: l
     once = list(first.values())
     used: set[str] = set()
     sizes = {call.path: (call.inputs, call.outputs) for call in once}
-    # norms over all heads are rare: such readings come last; those that explain most maps come first
-    proposals = sorted(
-        _attention_proposals(model, where, once), key=lambda p: (bool(p.coupled), -len(p.used))
-    )
+    proposals = sorted(_attention_proposals(model, where, once), key=lambda p: _unlikeliness(p, list(sizes)))
     tried = 0
     for proposal in proposals:
         if used & set(proposal.used) or not _may_come_next(proposal, layer.attention, sizes):
@@ -229,6 +226,12 @@ def _read_layer(model: nn.Module, where: str, calls: Sequence[_Call], reasons: l
             layer.mlps.append(mlp)
             used |= paths
     return layer
+
+
+def _unlikeliness(proposal: _Proposal, order: Sequence[str]) -> tuple[bool, bool, int]:
+    """Queries are formed before keys, and keys before values; norms over all heads are rare."""
+    calls = [order.index(path) for path in proposal.used]
+    return calls != sorted(calls), bool(proposal.coupled), -len(calls)
 
 
 def _may_come_next(

@@ -4,5 +4,7 @@ from fisherscope.linalg.dense import Dense
 from fisherscope.linalg.factored import Factored
 from fisherscope.linalg.gradient import PerSampleGradient
 from fisherscope.linalg.moments import Moments
+from fisherscope.linalg.rows import Rows
+from fisherscope.linalg.total import Total
 
-__all__ = ["Dense", "Factored", "Moments", "PerSampleGradient"]
+__all__ = ["Dense", "Factored", "Moments", "PerSampleGradient", "Rows", "Total"]

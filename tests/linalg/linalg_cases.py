@@ -6,7 +6,7 @@ import torch
 from hypothesis import strategies as st
 
 from fisherscope.layout import Partition
-from fisherscope.linalg import Dense, Factored, PerSampleGradient
+from fisherscope.linalg import Dense, Factored, PerSampleGradient, Rows, Total
 
 
 @dataclass
@@ -75,9 +75,46 @@ def dense_cases(draw):
     return Case(*made, draw(st.lists(partitions_of(shape), min_size=1, max_size=3)))
 
 
+def make_rows(n, positions, shape, seed=0):
+    """Tokens, some of them equal and some left out, and the reference by a loop over them."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(-1, shape[0], (n, positions), generator=generator)
+    gradient = torch.randn(n, positions, shape[1], generator=generator)
+    reference = torch.zeros(n, *shape, dtype=torch.float64)
+    for i in range(n):
+        for t in range(positions):
+            if ids[i, t] >= 0:
+                reference[i, ids[i, t]] += gradient[i, t].double()
+    return Rows.of_tokens(ids, gradient, shape[0]), reference
+
+
+@st.composite
+def rows_cases(draw):
+    """Tables of which each sample touches at most six rows."""
+    shape = (draw(st.integers(1, 8)), draw(st.integers(1, 5)))
+    made = make_rows(draw(st.integers(1, 4)), draw(st.integers(1, 6)), shape, draw(st.integers(0, 2**16)))
+    return Case(*made, draw(st.lists(partitions_of(shape), min_size=1, max_size=3)))
+
+
+@st.composite
+def total_cases(draw):
+    """A table that is looked up and multiplied with, and used once more."""
+    shape = (draw(st.integers(1, 8)), draw(st.integers(1, 5)))
+    n, seed = draw(st.integers(1, 4)), draw(st.integers(0, 2**16))
+    parts = [
+        make_factored(n, draw(st.integers(1, 4)), shape, seed),
+        make_rows(n, draw(st.integers(1, 4)), shape, seed + 1),
+        make_dense(n, shape, seed + 2),
+    ]
+    chosen = draw(st.permutations(parts))[: draw(st.integers(2, 3))]
+    reference = torch.stack([part for _, part in chosen]).sum(0)
+    partitions = draw(st.lists(partitions_of(shape), min_size=1, max_size=3))
+    return Case(Total(*(part for part, _ in chosen)), reference, partitions)
+
+
 def any_case():
-    """Either representation."""
-    return st.one_of(factored_cases(), dense_cases())
+    """Any representation."""
+    return st.one_of(factored_cases(), dense_cases(), rows_cases(), total_cases())
 
 
 def per_piece(values, partitions):

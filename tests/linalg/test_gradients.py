@@ -8,13 +8,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fisherscope.layout import Cut, ParameterSlice
-from fisherscope.linalg import Dense, Factored, cost, gradient
+from fisherscope.linalg import Dense, Factored, Total, cost, gradient
 from tests.linalg.linalg_cases import (
     any_case,
     assert_close,
     factored_cases,
     make_dense,
     make_factored,
+    make_rows,
     per_piece,
 )
 
@@ -115,7 +116,9 @@ def _others(shape):
     """Another set of samples, in each representation that the shape allows."""
     yield make_dense(3, shape, seed=7)
     if len(shape) == 2:
-        yield make_factored(3, 5, shape, seed=8)
+        factored = make_factored(3, 5, shape, seed=8)
+        rows = make_rows(3, 5, shape, seed=9)
+        yield from (factored, rows, (Total(factored[0], rows[0]), factored[1] + rows[1]))
 
 
 @given(any_case())
@@ -194,6 +197,31 @@ def test_accumulate_of_parts_is_accumulate_of_the_whole():
         Factored(factored.left[part], factored.right[part]).accumulate(square=square)
     assert_close(square, (reference**2).sum(0))
     assert factored.accumulate() == []
+
+
+@given(st.integers(1, 4), st.integers(1, 6), st.integers(0, 99))
+def test_two_lookups_of_one_table_are_joined(n, positions, seed):
+    """Two uses of an embedding: equal rows of a sample are added, and stay unique."""
+    first, reference = make_rows(n, positions, (5, 3), seed)
+    second, other = make_rows(n, 4, (5, 3), seed + 1)
+    both = first.joined(second)
+    assert_close(both.dense(), reference + other, reference.abs().max() + other.abs().max() + 1)
+    assert len(torch.unique(both.sample * 5 + both.row)) == len(both.row)
+
+
+def test_rows_stay_few_in_a_large_table():
+    """A table of a million rows: squares, norms and inner products never form it per sample."""
+    ids = torch.tensor([[7, 999_999, 7], [3, 7, 3]])
+    rows = make_rows(1, 1, (2, 2))[0].of_tokens(ids, torch.ones(2, 3, 4), 1_000_000)
+    assert rows.norms([None])[0].flatten().tolist() == [4 * 4 + 4, 4 * 4 + 4]
+    assert rows.gram().tolist() == [[20.0, 8.0], [8.0, 20.0]]
+    assert rows.dots(torch.ones(1_000_000, 4), [None])[0].flatten().tolist() == [12.0, 12.0]
+
+
+def test_gradients_of_different_size_are_no_total():
+    """Parts belong to the same samples and the same parameter."""
+    with pytest.raises(ValueError, match="different size"):
+        Total(make_dense(2, (3, 4))[0], make_dense(2, (4, 3))[0])
 
 
 @given(factored_cases(), st.integers(1, 4))
