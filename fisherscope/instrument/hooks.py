@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from fisherscope.adapters.injected import plain_layer
 from fisherscope.adapters.unwrap import uncompiled
 from fisherscope.errors import FisherscopeError
+from fisherscope.instrument.lookup import Lookup, lookup_of
 from fisherscope.instrument.rules import LayerCall
 from fisherscope.instrument.targets import Site, Targets
-from fisherscope.linalg import Dense, Factored, PerSampleGradient
+from fisherscope.linalg import Factored, PerSampleGradient, Rows, Total
 
 Emit = Callable[[str, PerSampleGradient], None]
 
@@ -72,10 +73,17 @@ class GradientTap:
             stack.callback(self._pieces.clear)
             yield
 
-    def _forward_hook(self, site: Site) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            if not (torch.is_grad_enabled() and output.requires_grad):
-                return
+    def _forward_hook(self, site: Site) -> Callable[..., Tensor | None]:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+        ) -> Tensor | None:
+            if not torch.is_grad_enabled():
+                return None
+            if site.rule.looks_up:
+                return self._watch_lookup(site, lookup_of(module, args, kwargs, output, self._n), output)
+            if not output.requires_grad:
+                # with its weight frozen nothing before it asks for gradients: the graph starts here
+                output = output.detach().requires_grad_()
             given = args[0] if args else next(iter(kwargs.values()))
             # some models (OPT) flatten [n, positions, features] before a layer that sees every position
             flat = given.dim() == 2 and given.shape[0] == self._n * self._positions and site.every_position
@@ -92,8 +100,21 @@ class GradientTap:
                 on_gradient(given, lambda gradient: self._finish(site, use, gradient))
             else:
                 on_gradient(output, lambda gradient: self._finish_without_input(site, use, gradient))
+            # what is returned may be changed in place, which a leaf of the graph does not bear
+            return output.clone() if output.is_leaf else None
 
         return hook
+
+    def _watch_lookup(self, site: Site, found: Lookup, output: Tensor) -> Tensor | None:
+        """Give every sample rows of its own where one lookup served all of them."""
+        rows = output
+        if found.is_shared or not output.requires_grad:
+            own = output.detach().reshape(-1, *output.shape[-2:]).expand(self._n, -1, -1)
+            rows = own.clone().requires_grad_()
+        self._open_uses.update(site.parameters.values())
+        use = _Use(found.ids, output.detach(), output._version, None, scale=found.scale)
+        on_gradient(rows, lambda gradient: self._finish_without_input(site, use, gradient))
+        return rows.clone() if rows is not output else None
 
     def _finish_without_input(self, site: Site, use: _Use, output_gradient: Tensor) -> None:
         use.keep_output_gradient(output_gradient)
@@ -120,7 +141,10 @@ class _Use:
     Tensors of ``flattened`` samples are unfolded to ``[n, positions, features]`` for the rule.
     """
 
-    def __init__(self, inputs: Tensor, outputs: Tensor, version: int, flattened: int | None) -> None:
+    def __init__(
+        self, inputs: Tensor, outputs: Tensor, version: int, flattened: int | None, scale: float = 1.0
+    ) -> None:
+        self._scale = scale
         self._inputs = inputs
         self._outputs = outputs
         self._version = version
@@ -138,8 +162,10 @@ class _Use:
         intact = self._outputs.dtype == dtype and self._outputs._version == self._version
         exact = input_gradient is not None and input_gradient.dtype == dtype
         return LayerCall(
-            inputs=self._by_sample(self._inputs.to(dtype)),
-            output_gradient=self._by_sample(self._output_gradient.to(dtype)),
+            inputs=self._by_sample(
+                self._inputs.to(dtype) if self._inputs.is_floating_point() else self._inputs
+            ),
+            output_gradient=self._by_sample(self._output_gradient.to(dtype) * self._scale),
             outputs=self._by_sample(self._outputs) if intact else None,
             input_gradient=self._by_sample(input_gradient.detach())
             if exact and input_gradient is not None
@@ -164,7 +190,9 @@ def _alias_input(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] |
 def _sum_of_uses(first: PerSampleGradient, second: PerSampleGradient) -> PerSampleGradient:
     if isinstance(first, Factored) and isinstance(second, Factored):
         return first.concatenated(second)
-    return Dense(first.dense() + second.dense())
+    if isinstance(first, Rows) and isinstance(second, Rows):
+        return first.joined(second)
+    return Total(first, second)
 
 
 @contextmanager

@@ -11,9 +11,12 @@ from torch import nn
 
 from fisherscope.adapters.modules import is_linear_map
 from fisherscope.errors import CoverageError
-from fisherscope.instrument.reference import used_without_a_call
+from fisherscope.instrument.reference import unseen_by_hooks
 from fisherscope.instrument.rules import Rule, find_rule
 from fisherscope.layout import ModelLayout, ParameterInfo
+
+# kinds of parameters whose modules are given every position of every sample once and in order
+_EVERY_POSITION = frozenset({"attention", "mlp", "norm", "router"})
 
 ParameterChoice = str | list[str] | tuple[str, ...]
 
@@ -75,29 +78,29 @@ def select_targets(model: nn.Module, layout: ModelLayout, choice: ParameterChoic
     rows, parameters = [], []
     found: dict[str, Site] = {}
     chosen = [i.name for i in layout.parameters if _is_selected(i, choice, [m for _, m, _ in uses[i.name]])]
-    around = used_without_a_call(model, {name: [m for _, m, _ in uses[name]] for name in chosen})
+    unseen = unseen_by_hooks(model, {name: [m for _, m, _ in uses[name]] for name in chosen})
     for info in layout.parameters:
         selected = info.name in chosen
         rules = [(path, module, local, find_rule(module)) for path, module, local in uses[info.name]]
-        missing = [
-            type(module).__name__ for _, module, local, rule in rules if not rule or local not in rule.handles
-        ]
-        covered = selected and not missing and info.name not in around
+        lacking = [module for _, module, local, rule in rules if not rule or local not in rule.handles]
+        if len(lacking) < len(rules):
+            # BERT's head holds the bias of a linear map inside of it: what uses it is that
+            lacking = [module for module in lacking if not any(module.children())]
+        missing = [type(module).__name__ for module in lacking]
+        covered = selected and not missing and info.name not in unseen
         if covered:
             parameters.append(info.name)
             for path, module, local, rule in rules:
-                if rule is not None:
-                    site = found.setdefault(
-                        path, Site(path, module, rule, {}, info.kind in {"attention", "mlp"})
-                    )
+                if rule is not None and local in rule.handles:
+                    site = found.setdefault(path, Site(path, module, rule, {}, info.kind in _EVERY_POSITION))
                     site.parameters[local] = info.name
         reason = ""
         if not selected:
             reason = "not selected"
         elif missing:
             reason = f"no rule for {missing[0]}"
-        elif info.name in around:
-            reason = "used without a call of its module"
+        elif info.name in unseen:
+            reason = unseen[info.name]
         rows.append((info, selected, covered, type(uses[info.name][0][1]).__name__, reason))
     coverage = _coverage_frame(rows)
     _check(coverage, choice)

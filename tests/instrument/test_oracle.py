@@ -50,6 +50,31 @@ def model(setting: models.Setting) -> torch.nn.Module:
     return models.build(setting)
 
 
+# what has no rule: weights of routed experts, of routers that are no plain linear map, and single parameters
+NO_RULE = r"mlp\.experts\.|feed_forward\.experts\.|mlp\.gate\.weight|\.router\.|\.sinks|act_fn|linear_attn"
+
+
+@pytest.mark.filterwarnings("default:.*chosen parameters are not instrumented")
+def test_every_parameter_equals_the_loop(model: torch.nn.Module, tmp_path: Path) -> None:
+    """Embeddings (tied, scaled, of positions), norms (also of heads), biases and the output, too."""
+    data = models.rows(6)
+    scope = fs.wrap(model, parameters="all")
+    missing = scope.coverage().query("not covered")["parameter"]
+    assert missing[~missing.str.contains(NO_RULE)].empty
+    store = scope.collect({"a": data}, tmp_path / "run.fs", extensions=EXACT, batch_size=4, quiet=True)
+    expected = models.loop(model, data)
+    counts = torch.tensor([models.tokens(row) for row in data])
+    largest = max(float(g.abs().max()) for sample in expected for g in sample.values())
+    for name in scope.parameters:
+        zero = torch.zeros(model.get_parameter(name).shape)
+        g = torch.stack([sample.get(name, zero) for sample in expected])
+        floor = max(_rounding(model, name, expected, ""), 1e-4 * largest)
+        assert models.relative_error(store.gradients("a", name), g, floor=floor) <= TOLERANCE, name
+        h = g / counts.view(-1, *(1,) * (g.dim() - 1)).sqrt()
+        error = models.relative_error(store.fisher("a", name), h.square().mean(0), floor=floor**2)
+        assert error <= TOLERANCE, name
+
+
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_gradients_and_fisher_equal_the_loop(model: torch.nn.Module, side: str, tmp_path: Path) -> None:
     """Per-sample gradients, F and mean h of every instrumented parameter, padded on either side."""

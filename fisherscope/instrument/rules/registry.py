@@ -17,7 +17,7 @@ class LayerCall:
     """One call of a layer, as its rule sees it. All tensors are detached.
 
     Attributes:
-        inputs: what went in, ``[n, ..., features]``, in the compute dtype.
+        inputs: what went in, ``[n, ..., features]``, in the compute dtype; ids as they are.
         output_gradient: gradient of the summed losses with respect to what came out, likewise.
         outputs: what came out, where it is exact in the compute dtype and nobody has changed it since.
         input_gradient: gradient with respect to what went in, where the backward pass has formed it.
@@ -32,7 +32,8 @@ class LayerCall:
 RuleFunction = Callable[[nn.Module, LayerCall, frozenset[str]], dict[str, PerSampleGradient]]
 
 ENTRY_POINT_GROUP = "fisherscope.rules"
-_BUILT_IN = ("fisherscope.instrument.rules.linear", "fisherscope.instrument.rules.conv1d")
+_LAYERS = ("linear", "conv1d", "embedding", "norm", "conv2d")
+_BUILT_IN = tuple(f"fisherscope.instrument.rules.{name}" for name in _LAYERS)
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,13 @@ class Rule:
             ``handles``.
         applies: whether the rule holds for a module of its type; not, for instance, for a subclass that
             computes something else.
+        looks_up: whether the layer looks up rows of a table: its input is ids, ``[n, T]`` int64.
     """
 
     handles: tuple[str, ...]
     gradients: RuleFunction
     applies: Callable[[nn.Module], bool] | None = None
+    looks_up: bool = False
 
 
 _rules: dict[type[nn.Module], Rule] = {}
@@ -60,6 +63,7 @@ def register_rule(
     *layer_types: type[nn.Module],
     handles: tuple[str, ...] = ("weight", "bias"),
     applies: Callable[[nn.Module], bool] | None = None,
+    looks_up: bool = False,
 ) -> Callable[[RuleFunction], RuleFunction]:
     """Decorator: the function yields the per-sample gradients of these layer types and their subclasses.
 
@@ -69,19 +73,20 @@ def register_rule(
 
     def decorate(function: RuleFunction) -> RuleFunction:
         for layer_type in layer_types:
-            _rules[layer_type] = Rule(handles, function, applies)
+            _rules[layer_type] = Rule(handles, function, applies, looks_up)
         return function
 
     return decorate
 
 
 def find_rule(module: nn.Module) -> Rule | None:
-    """The rule for a layer, by its type and then its base types; None where there is none."""
+    """The first rule that applies to a layer, by its type and then its base types; None if there is none."""
     _load()
     for layer_type in type(module).__mro__:
         if layer_type in _rules:
             rule = _rules[layer_type]
-            return rule if rule.applies is None or rule.applies(module) else None
+            if rule.applies is None or rule.applies(module):
+                return rule
     return None
 
 
