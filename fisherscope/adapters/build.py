@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +21,7 @@ from fisherscope.layout import (
     Partition,
     RowsLayout,
 )
+from fisherscope.layout.codec import check_partitions
 from fisherscope.layout.model import ParameterKind, Source
 
 MlpPatterns = MlpPattern | tuple[MlpPattern, ...] | None
@@ -55,7 +57,8 @@ def build_layout(
     """Apply the patterns to every layer of the live model.
 
     Raises:
-        AdapterError: a module or parameter that the patterns name does not exist.
+        AdapterError: a module or parameter that the patterns name does not exist or is shared with another
+            layer, or what they say contradicts itself.
     """
     return _Builder(model).build(model_type, [stacks] if isinstance(stacks, Stack) else stacks, source)
 
@@ -70,7 +73,7 @@ def layer_lists(model: nn.Module) -> list[tuple[str, str]]:
     """Paths of the lists of layers in a text model, and the name of each one's stack.
 
     A list of layers is a ``ModuleList`` with linear maps that lies in no other one. Stacks are told apart by
-    the word "encoder" in their path.
+    the first "encoder" or "decoder" in their path.
     """
     inside = text_prefix(model)
     found: list[tuple[str, str]] = []
@@ -80,7 +83,8 @@ def layer_lists(model: nn.Module) -> list[tuple[str, str]]:
         if any(path.startswith(f"{outer}.") for outer, _ in found):
             continue
         if any(is_linear_map(m) for m in module.modules()):
-            found.append((path, "encoder" if "encoder" in path else "decoder"))
+            word = re.search("encoder|decoder", path)
+            found.append((path, word[0] if word else "decoder"))
     names = [name for _, name in found]
     return [(path, name if names.count(name) == 1 else path.removeprefix(inside)) for path, name in found]
 
@@ -110,19 +114,25 @@ class _Builder:
         self._mlps: list[MlpLayout] = []
 
     def build(self, model_type: str, stacks: Sequence[Stack], source: Source) -> ModelLayout:
-        for stack in stacks:
-            self._add(stack)
-        experts = tuple(self._experts())
-        parameters = tuple(self._parameters(experts))
-        return ModelLayout(
-            model_type=model_type,
-            parameters=parameters,
-            attention=tuple(self._attention),
-            mlps=tuple(self._mlps),
-            experts=experts,
-            rows=tuple(self._rows(parameters)),
-            source=source,
-        )
+        try:
+            for stack in stacks:
+                self._add(stack)
+            self._refuse_shared_weights()
+            experts = tuple(self._experts())
+            parameters = tuple(self._parameters(experts))
+            layout = ModelLayout(
+                model_type=model_type,
+                parameters=parameters,
+                attention=tuple(self._attention),
+                mlps=tuple(self._mlps),
+                experts=experts,
+                rows=tuple(self._rows(parameters)),
+                source=source,
+            )
+            check_partitions(layout)
+        except ValueError as error:
+            raise AdapterError(f"the description of {model_type!r} contradicts itself: {error}") from error
+        return layout
 
     def _add(self, stack: Stack) -> None:
         path = self._locate(stack.layers)
@@ -169,6 +179,26 @@ class _Builder:
             return self._modules[path]
         except KeyError:
             raise AdapterError(_missing(self._model, path)) from None
+
+    def _refuse_shared_weights(self) -> None:
+        """The entries of a weight are one head's: a weight that is tied to another one has two names."""
+        own = {id(parameter): name for name, parameter in self._model.named_parameters()}
+        every = self._model.named_parameters(remove_duplicate=False)
+        tied = {name: own[id(parameter)] for name, parameter in every if own[id(parameter)] != name}
+        if not tied:
+            return
+        parts: list[AttentionLayout | MlpLayout] = [*self._attention, *self._mlps]
+        for part in parts:
+            what = "heads" if isinstance(part, AttentionLayout) else "channels"
+            blocks = part.blocks if isinstance(part, AttentionLayout) else (part,)
+            for name in (partition.parameter for block in blocks for partition in block.partitions):
+                if name in tied:
+                    raise AdapterError(
+                        f"{name} shares one weight with {tied[name]}, which a layout of {what} cannot "
+                        f"express: its entries would belong to two {what} and be counted twice. Describe "
+                        "what is left with fisherscope.wrap(model, adapter=...): a function that gives None "
+                        f"for the {what} of layer {part.layer} of the {part.stack}"
+                    )
 
     def _experts(self) -> Iterator[ExpertsLayout]:
         """Modules of the layers with stacked weights: parameters of three axes, one slice per expert."""
@@ -221,7 +251,8 @@ class _Builder:
             yield ParameterInfo(name, tuple(parameter.shape), kind, layer, stack)
 
     def _rows(self, parameters: Sequence[ParameterInfo]) -> Iterator[RowsLayout]:
-        """Linear maps in the layers of which no head or channel is known."""
+        """Linear maps in the layers of which no head or channel is known; tied ones once."""
+        names = {info.name for info in parameters}
         known = [block.partitions for attention in self._attention for block in attention.blocks]
         known += [mlp.partitions for mlp in self._mlps]
         cut = {partition.parameter for partitions in known for partition in partitions}
@@ -232,7 +263,9 @@ class _Builder:
                 continue
             rows = out_features(module)
             weight = Partition.regular(info.name, weight_shape(module), output_axis(module), rows, 1)
-            bias = Partition.regular(f"{path}.bias", (rows,), 0, rows, 1) if has_bias(module) else None
+            bias = None
+            if has_bias(module) and f"{path}.bias" in names:
+                bias = Partition.regular(f"{path}.bias", (rows,), 0, rows, 1)
             yield RowsLayout(info.layer, path, weight, bias, info.stack)
 
 
@@ -255,6 +288,17 @@ def _per_layer(given: Any, n: int, what: str) -> Sequence[Any]:
 
 
 def _missing(model: nn.Module, path: str) -> str:
+    try:
+        shared = model.get_submodule(path)
+    except AttributeError:
+        shared = None
+    if shared is not None:
+        first = next(name for name, module in model.named_modules() if module is shared)
+        return (
+            f"{path} is shared with {first}: they are one module, whose heads and channels can be listed "
+            "once. Pass fisherscope.wrap(model, adapter=...): a function that describes them there and gives "
+            "None for the layers that share it"
+        )
     return (
         f"{type(model).__name__} has no module {path!r} where its adapter expects one: "
         "the architecture changed; register an adapter of your own with fisherscope.adapters.register"

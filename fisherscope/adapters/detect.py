@@ -116,7 +116,8 @@ def detect(model: nn.Module, model_type: str) -> Detection:
     if len(lists) == 1 and layout.attention:
         # the path of a single stack does not tell what it is: BERT's may decode, ViT's is called "layers"
         name = "decoder" if is_causal(model, layout.attention[0]) else "encoder"
-        layout = build_layout(model, model_type, [replace(s, name=name) for s in stacks], source="detected")
+        renamed = [replace(stack, name=stack.name.replace(lists[0][1], name, 1)) for stack in stacks]
+        layout = build_layout(model, model_type, renamed, source="detected")
     missing += _unexplained(model, layout, calls)
     return Detection(layout, tuple(missing), reasons[0] if reasons else "no projections were found there")
 
@@ -143,20 +144,29 @@ def _stacks(path: str, name: str, layers: Sequence[_Layer]) -> Iterator[Stack]:
 
 
 def _unexplained(model: nn.Module, layout: ModelLayout, calls: Mapping[str, Sequence[_Call]]) -> list[str]:
-    """Attention modules, by the names of their classes, that were run in layers with heads and hold none."""
+    """Attention, by the names of classes, where no heads were looked for: beside other heads, or not run."""
     known = {block.weight.parameter for _, block in layout.head_blocks()}
     layers = {a.module for a in layout.attention}
     found = []
     for where, made in calls.items():
+        if not made and any(map(_is_called_attention, model.get_submodule(where).modules())):
+            found.append(where)
         if not any(module.startswith(f"{where}.") for module in layers):
             continue
         for path, module in model.get_submodule(where).named_modules():
             prefix = f"{where}.{path}."
             projections = [c for c in made if f"{where}.{c.path}".startswith(prefix)]
-            named = "attention" in type(module).__name__.lower()
-            if named and len(projections) > 1 and not any(name.startswith(prefix) for name in known):
+            if (
+                _is_called_attention(module)
+                and len(projections) > 1
+                and not any(name.startswith(prefix) for name in known)
+            ):
                 found.append(f"{where}.{path}")
     return found
+
+
+def _is_called_attention(module: nn.Module) -> bool:
+    return "attention" in type(module).__name__.lower()
 
 
 def _trace(model: nn.Module, lists: Sequence[str]) -> dict[str, list[_Call]]:

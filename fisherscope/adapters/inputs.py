@@ -12,7 +12,7 @@ from fisherscope.adapters.injected import plain_layer
 from fisherscope.adapters.unwrap import uncompiled
 from fisherscope.errors import AdapterError
 
-POSITIONS = 5
+POSITIONS = 6
 
 
 def run_small(model: nn.Module, rows: int, seed: int) -> None:
@@ -77,18 +77,31 @@ def probe_inputs(model: nn.Module, rows: int, seed: int) -> dict[str, Any]:
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if getattr(config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = _ids(model, config, generator).expand(rows, -1)
+    elif getattr(config, "add_cross_attention", False):
+        # GPT-2 views it, so that rows need places of their own
+        inputs["encoder_hidden_states"] = _encoded(model, config, generator).repeat(rows, 1, 1)
     if hasattr(config.get_text_config(), "use_cache"):
         inputs["use_cache"] = False
     return inputs
 
 
+def _embeddings(model: nn.Module) -> nn.Embedding:
+    try:
+        embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    # CLIP as a whole, or no model of transformers
+    except (NotImplementedError, AttributeError) as error:
+        raise AdapterError(f"{type(model).__name__} names no table of token embeddings: {error}") from error
+    plain = plain_layer(embeddings) if isinstance(embeddings, nn.Module) else embeddings
+    if not isinstance(plain, nn.Embedding):
+        raise AdapterError(f"{type(model).__name__} has no single table of token embeddings")
+    return plain
+
+
 def _ids(model: nn.Module, config: Any, generator: torch.Generator) -> Tensor:
     """Random token ids ``[1, positions]`` that stand for text: none that a config gives another meaning."""
-    embeddings = plain_layer(model.get_input_embeddings())  # type: ignore[operator]
-    if not isinstance(embeddings, nn.Embedding):
-        raise AdapterError(f"{type(model).__name__} has no single table of token embeddings")
-    special = set(_special_ids(config)) | set(_special_ids(config.get_text_config()))
-    limit = min(embeddings.num_embeddings, config.get_text_config().vocab_size or embeddings.num_embeddings)
+    embeddings, text = _embeddings(model), config.get_text_config()
+    special = set(_special_ids(config)) | set(_special_ids(text))
+    limit = min(embeddings.num_embeddings, getattr(text, "vocab_size", None) or embeddings.num_embeddings)
     allowed = torch.tensor([i for i in range(limit) if i not in special] or list(range(limit)))
     chosen = allowed[torch.randint(0, len(allowed), (1, POSITIONS), generator=generator)]
     return chosen.to(embeddings.weight.device)
@@ -100,7 +113,18 @@ def _special_ids(config: Any) -> Iterator[int]:
             yield from (i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int))
 
 
+def _encoded(model: nn.Module, config: Any, generator: torch.Generator) -> Tensor:
+    """What an encoder that is not there would give to a decoder's cross attention."""
+    weight = _embeddings(model).weight
+    return torch.randn(1, POSITIONS, config.hidden_size, generator=generator).to(weight.device, weight.dtype)
+
+
 def _image(model: nn.Module, config: Any, generator: torch.Generator) -> Tensor:
+    for name in ("image_size", "num_channels"):
+        if getattr(config, name, None) is None:
+            raise AdapterError(
+                f"{type(model).__name__} takes images, but its config has no {name}: heads cannot be checked"
+            )
     size = config.image_size
     height, width = (size, size) if isinstance(size, int) else size
     image = torch.randn(1, config.num_channels, height, width, generator=generator)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,12 +27,12 @@ import torch
 from torch import Tensor, nn
 
 from fisherscope.adapters.inputs import run_small
-from fisherscope.adapters.modules import is_linear_map
+from fisherscope.adapters.places import check_channel_places, check_places
 from fisherscope.errors import AdapterError
 from fisherscope.layout import AttentionLayout, HeadBlock, MlpLayout, ModelLayout, Partition
 
 _DRAWS = 8
-_CHANNELS = 6
+_CHANNEL_DRAWS = 32  # a rectified gate hides half of the channels in each
 
 Change = Literal["added", "loud", "entry"]
 Silent = Literal["", "V", "K"]
@@ -44,14 +44,18 @@ class _Captured(BaseException):
 
 @dataclass(frozen=True)
 class _Perturbation:
-    """One batch row: what is changed in it, and which block is silent in the whole row."""
+    """One batch row: what is changed in it, and which block is silent in the whole row.
+
+    Queries are changed at the last position, which sees others, and keys at the first, which others see;
+    values there and, since a saturated softmax may not look there, at all positions (``at`` None).
+    """
 
     block: HeadBlock
     head: int
     change: Change
     silent: Silent
     coupled: bool
-    at: int | None = None
+    at: int | None
 
     @property
     def path(self) -> str:
@@ -59,19 +63,22 @@ class _Perturbation:
         return _projection_of(self.block.weight)
 
     @property
-    def position(self) -> int:
-        """Queries at the last position, which sees all; keys and values at the first, which all see."""
-        if self.at is not None:
-            return self.at
-        return 0 if self.block.name in {"K", "V"} else -1
+    def is_of_one_value(self) -> bool:
+        """Whether a value is changed at one position: that shows its role, but perhaps not in all heads."""
+        return self.block.name == "V" and self.at is not None
 
     def apply(self, row: Tensor, generator: torch.Generator) -> None:
         """Change the head's entries of one row of the projection's output, ``[positions, features]``."""
         start, width = self.block.weight.starts[self.head], self.block.weight.width
-        entries = row[self.position, start : start + width]
+        for position in range(len(row)) if self.at is None else (self.at,):
+            self._change(row[position, start : start + width], width, generator)
+
+    def _change(self, entries: Tensor, width: int, generator: torch.Generator) -> None:
         if self.change == "entry":
             if self.coupled:
-                entries[:2] = entries[:2].flip(0)
+                # half of the head keeps its norm; where heads were taken for one it lies in the first of them
+                half = entries[: max(2, width // 2)]
+                half.copy_(half.flip(0))
             else:
                 entries[0] += 4.0 * math.sqrt(width)
         elif self.coupled and self.change == "added":
@@ -135,7 +142,7 @@ def verify_layout(model: nn.Module, layout: ModelLayout, *, every_layer: bool = 
 def kind_of(part: AttentionLayout | MlpLayout) -> tuple[Any, ...]:
     """What layers have in common that one check is enough for, unless all are asked for."""
     if isinstance(part, MlpLayout):
-        return (part.stack, *((p.shape, p.axis, p.starts[0]) for p in part.partitions))
+        return (part.stack, *((p.shape, p.axis, p.starts) for p in part.partitions))
     blocks = ((b.name, b.weight.shape, b.weight.starts, b.weight.width) for b in part.blocks)
     return (part.stack, part.coupled, *blocks)
 
@@ -147,27 +154,25 @@ def verify_attention(model: nn.Module, attention: AttentionLayout) -> None:
         AdapterError: another head moved than the layout says; the message tells which.
     """
     for block in attention.blocks:
-        bias = block.bias
-        if bias is not None and (bias.starts, bias.width) != (block.weight.starts, block.weight.width):
-            raise AdapterError(f"the bias of {block.name} is cut differently from its weight")
         if block.name in attention.coupled and block.weight.width == 1:
             raise AdapterError(f"coupled heads of width 1 cannot be told apart in {block.name}")
     projected = [b for b in attention.blocks if b.name in {"Q", "gate", "K", "V"}]
-    _refuse_other_maps(model, [*(_module_of(b.weight) for b in projected), attention.output])
+    check_places(model, attention)
     perturbations = list(_perturbations(attention, projected))
-    # one head of each block is enough to refuse most wrong layouts
-    _confirm(model, attention, [p for p in perturbations if p.head == 0], draws=_DRAWS)
-    _confirm(model, attention, perturbations, draws=_DRAWS)
+    with _sinks(model, attention, None):
+        # one head of each block is enough to refuse most wrong layouts
+        _confirm(model, attention, [p for p in perturbations if p.head == 0], draws=_DRAWS)
+        _confirm(model, attention, perturbations, draws=_DRAWS)
     if attention.has("sink"):
         _verify_sinks(model, attention)
 
 
 def is_causal(model: nn.Module, attention: AttentionLayout) -> bool:
-    """Whether the first position is blind to the last one."""
+    """Whether no position sees the last one but itself."""
     value = attention.block("V" if attention.has("V") else "K")
     last = _Perturbation(value, 0, "loud", "", coupled=False, at=-1)
     return not any(
-        _moved(_contexts(model, attention, [last], seed=draw), attention, [last]).heads[0, 0].any()
+        _moved(_contexts(model, attention, [last], seed=draw), attention, [last]).heads[0, :-1].any()
         for draw in range(_DRAWS)
     )
 
@@ -191,31 +196,39 @@ def _confirm(
 
 
 def verify_channels(model: nn.Module, mlp: MlpLayout) -> None:
-    """Confirm some channels of one MLP: each entry of an expanding projection moves one input of the other.
+    """Confirm every channel of one MLP: an entry of an expanding projection moves one input of the other.
+
+    Channels are changed many at a time: in row b those whose number has the binary digit b. Each input of the
+    contracting projection then tells by the rows in which it moved which channel it belongs to.
 
     Raises:
         AdapterError: another channel moved than the layout says.
     """
+    check_channel_places(model, mlp)
     *expand, contract = mlp.weights
-    count = mlp.channels
-    sample = sorted({round(i * (count - 1) / (_CHANNELS - 1)) for i in range(_CHANNELS)})
-    rows = [(partition, channel) for partition in expand for channel in sample]
-    _refuse_other_maps(model, [_module_of(p) for p in mlp.weights])
-    reached: Tensor | None = None
-    for draw in range(_DRAWS):
+    numbers = torch.arange(1, mlp.channels + 1)
+    digits = [numbers.bitwise_right_shift(b).bitwise_and(1).bool() for b in range(mlp.channels.bit_length())]
+    rows = [(partition, chosen) for partition in expand for chosen in digits]
+    inputs_of = torch.tensor(contract.starts)
+    expected = torch.zeros(len(rows), contract.shape[contract.axis], dtype=torch.bool)
+    for row, (_, chosen) in enumerate(rows):
+        expected[row, inputs_of[chosen]] = True
+    reached = torch.zeros_like(expected)
+    for draw in range(_CHANNEL_DRAWS):
         inputs = _channel_inputs(model, _module_of(contract), rows, seed=draw)
-        moved = _beyond_rounding(inputs[1:] - inputs[:1], inputs)
-        if reached is not None and reached.shape != moved.shape:
-            raise AdapterError(f"{_module_of(contract)} is given other positions each time, as an expert is")
-        reached = moved if reached is None else reached | moved
-        if all(bool(r[0, channel]) for r, (_, channel) in zip(reached, rows, strict=True)):
+        reached |= _beyond_rounding(inputs[1:], inputs[:1].expand(len(rows), -1, -1)).any(1).cpu()
+        if (reached & ~expected).any() or torch.equal(reached, expected):
             break
-    assert reached is not None
-    for (partition, channel), moved in zip(rows, reached, strict=True):
-        found = [int(i) for i in moved.any(0).nonzero().flatten()]
-        if found != [channel]:
+    for (partition, _), found, wanted in zip(rows, reached, expected, strict=True):
+        wrong = (found != wanted).nonzero().flatten().tolist()
+        if wrong:
+            moved = (
+                "moves with channels that are not its own"
+                if found[wrong[0]]
+                else "does not move with its channel"
+            )
             raise AdapterError(
-                f"perturbing channel {channel} of {_module_of(partition)} moved the channels {found[:8]}"
+                f"input {wrong[0]} of {_module_of(contract)} {moved} in {_module_of(partition)}"
             )
 
 
@@ -223,11 +236,14 @@ def _perturbations(attention: AttentionLayout, blocks: Sequence[HeadBlock]) -> I
     for block in blocks:
         coupled = block.name in attention.coupled
         for head in range(block.heads):
+            at = {"V": None, "K": 0}.get(block.name, -1)
             for silent in _silences(attention, block):
                 for change in ("added", "loud"):
-                    yield _Perturbation(block, head, change, silent, coupled)
+                    yield _Perturbation(block, head, change, silent, coupled, at)
             if block.name in {"Q", "K"} and block.weight.width > 1:
-                yield _Perturbation(block, head, "entry", "", coupled)
+                yield _Perturbation(block, head, "entry", "", coupled, at)
+            if block.name == "V":
+                yield _Perturbation(block, head, "loud", "", coupled, 0)
 
 
 def _silences(attention: AttentionLayout, block: HeadBlock) -> Iterator[Silent]:
@@ -248,17 +264,28 @@ def _first_problem(
     saturate the softmax.
     """
     problems: list[_Problem] = []
+    elsewhere: dict[str, bool] = {}
     for row, perturbation in enumerate(perturbations):
         heads, tails = moved.heads[row], moved.tails[row]
-        if not perturbation.coupled and perturbation.change == "added":
-            heads = heads | moved.heads[row + 1]
-        elif not perturbation.coupled and perturbation.change == "loud":
+        if perturbation.change == "loud" and not perturbation.coupled and not perturbation.is_of_one_value:
             continue
+        if perturbation.change == "added" and not perturbation.coupled:
+            heads = heads | moved.heads[row + 1]
+        name = perturbation.block.name
+        if name in {"K", "V"} and not perturbation.silent and perturbation.at is not None:
+            others = heads.any(1)
+            others[perturbation.at] = False
+            elsewhere[name] = elsewhere.get(name, False) or bool(others.any())
         problem = _judge(perturbation, heads, tails, attention)
         if problem is not None and problem.is_final:
             return problem
         if problem is not None:
             problems.append(problem)
+    for name, acts in elsewhere.items():
+        if not acts:
+            problems.append(
+                _Problem(f"what is called {name} changes its own position alone, as a query does", False)
+            )
     return problems[0] if problems else None
 
 
@@ -271,18 +298,15 @@ def _judge(p: _Perturbation, moved: Tensor, tails: Tensor, attention: AttentionL
         return _Problem(f"what is called {name} head {head} acts as {role} does", True) if found else None
     mine = attention.query_heads(head) if name in {"K", "V"} else (head,)
     expected = set(range(attention.n_heads)) if p.coupled and p.change == "loud" else set(mine)
-    if found != expected:
+    if found != expected and not (p.is_of_one_value and found <= expected):
         message = f"perturbing {name} head {head} moved heads {sorted(found)}, not {sorted(expected)}"
-        # the context is linear in the values: if none moves it in one draw, they are not values
-        return _Problem(message, is_final=not found <= expected or (name == "V" and not found))
-    elsewhere = moved.any(1)
-    elsewhere[p.position] = False
-    if name in {"K", "V"} and not elsewhere.any():
-        message = f"what is called {name} head {head} changes its own position alone, as a query does"
-        return _Problem(message, is_final=False)
-    if name not in {"K", "V"} and elsewhere.any():
-        message = f"what is called {name} head {head} acts on other positions as a key or value does"
-        return _Problem(message, is_final=True)
+        return _Problem(message, is_final=not found <= expected)
+    if name not in {"K", "V"} and p.at is not None:
+        others = moved.any(1)
+        others[p.at] = False
+        if others.any():
+            message = f"what is called {name} head {head} acts on other positions as a key or value does"
+            return _Problem(message, is_final=True)
     if p.change == "entry" and not tails[sorted(mine)].all():
         message = f"one entry of {name} head {head} moved a part of the head's context: it is several heads"
         return _Problem(message, is_final=False)
@@ -294,7 +318,7 @@ def _moved(context: Tensor, attention: AttentionLayout, perturbations: Sequence[
     block = attention.block("O").weight
     plain = {"": 0, "V": 1, "K": 2}
     references = context[[plain[p.silent] for p in perturbations]]
-    moved = _beyond_rounding(context[len(plain) :] - references, context)
+    moved = _beyond_rounding(context[len(plain) :], references)
     columns = [slice(start, start + block.width) for start in block.starts]
     heads = torch.stack([moved[..., c].any(-1) for c in columns], -1)
     # where two or more heads were taken for one, the first of them ends before the middle
@@ -303,9 +327,13 @@ def _moved(context: Tensor, attention: AttentionLayout, perturbations: Sequence[
     return _Movement(heads, tails)
 
 
-def _beyond_rounding(difference: Tensor, values: Tensor) -> Tensor:
-    tolerance = max(1.5 * torch.finfo(values.dtype).eps, 1e-4)
-    return difference.abs() > tolerance * values.abs().max()
+def _beyond_rounding(changed: Tensor, plain: Tensor) -> Tensor:
+    """Where a row differs from its reference by more than rounding, relative to the larger of the two."""
+    tolerance = max(1.5 * torch.finfo(plain.dtype).eps, 1e-4)
+    largest = torch.maximum(changed.abs(), plain.abs())
+    # a row of zeros is compared with others, too
+    scale = largest.flatten(1).amax(1).clamp_min(1e-6 * float(largest.max()))
+    return (changed - plain).abs() > tolerance * scale.view(-1, *(1,) * (plain.dim() - 1))
 
 
 def _contexts(
@@ -338,17 +366,17 @@ def _contexts(
 
 
 def _channel_inputs(
-    model: nn.Module, contract: str, rows: Sequence[tuple[Partition, int]], seed: int
+    model: nn.Module, contract: str, rows: Sequence[tuple[Partition, Tensor]], seed: int
 ) -> Tensor:
-    """Inputs of the contracting projection: of a plain row, then with one channel perturbed in each."""
+    """Inputs of the contracting projection: of a plain row, then with some channels perturbed in each."""
     generator = torch.Generator().manual_seed(seed)
 
     def change(path: str) -> Callable[[Tensor], None]:
         def apply(out: Tensor) -> None:
-            for row, (partition, channel) in enumerate(rows, start=1):
+            for row, (partition, chosen) in enumerate(rows, start=1):
                 if _projection_of(partition) == path:
                     # both ways by turns: half of a rectifier's inputs hide a change in one direction
-                    out[row, 0, partition.starts[channel]] += 4.0 if seed % 2 else -4.0
+                    out[row, 0, torch.tensor(partition.starts)[chosen]] += -4.0 if seed % 2 else 4.0
 
         return apply
 
@@ -405,30 +433,37 @@ def _replace_output(
 
 def _verify_sinks(model: nn.Module, attention: AttentionLayout) -> None:
     """A head's sink takes attention away from that head alone."""
-    sinks = attention.block("sink").weight
-    value = model.get_parameter(sinks.parameter)
-    plain = _contexts(model, attention, [], seed=0)[:1]
-    for head, start in enumerate(sinks.starts):
-        before = value.detach().clone()
-        try:
-            with torch.no_grad():
-                value[start] += 1.0
+    columns = attention.block("O").weight
+    with _sinks(model, attention, None):
+        plain = _contexts(model, attention, [], seed=0)[:1]
+    for head in range(attention.n_heads):
+        with _sinks(model, attention, head):
             context = _contexts(model, attention, [], seed=0)[:1]
-        finally:
-            with torch.no_grad():
-                value.copy_(before)
-        columns = attention.block("O").weight
-        moved = _beyond_rounding(context - plain, plain).any(1)[0]
+        moved = _beyond_rounding(context, plain).any(1)[0]
         found = [h for h, s in enumerate(columns.starts) if moved[s : s + columns.width].any()]
         if found != [head]:
             raise AdapterError(f"perturbing sink {head} moved heads {found}, not [{head}]")
 
 
-def _refuse_other_maps(model: nn.Module, paths: Sequence[str]) -> None:
-    """The projections are their weights' linear maps, and the weights lie the way they are cut."""
-    for path in dict.fromkeys(paths):
-        if not is_linear_map(model.get_submodule(path)):
-            raise AdapterError(f"{path} is not the linear map of its weight: its output is something else")
+@contextmanager
+def _sinks(model: nn.Module, attention: AttentionLayout, loud: int | None) -> Iterator[None]:
+    """Sinks that take little attention away, but for one head's; trained ones may take it all, or none."""
+    if not attention.has("sink"):
+        yield
+        return
+    weight = attention.block("sink").weight
+    owner = model.get_submodule(_module_of(weight))
+    name = weight.parameter.rpartition(".")[2]
+    before = owner._parameters[name]
+    assert before is not None
+    values = torch.zeros_like(before, requires_grad=False)
+    if loud is not None:
+        values[weight.starts[loud]] = 4.0
+    owner._parameters[name] = nn.Parameter(values, requires_grad=False)
+    try:
+        yield
+    finally:
+        owner._parameters[name] = before
 
 
 def _module_of(partition: Partition) -> str:

@@ -93,8 +93,8 @@ def resolve(
         strict: heads that cannot be confirmed are an error and not a warning.
 
     Raises:
-        AdapterError: the probe found that a registered layout is wrong, or ``strict`` and heads of an
-            unregistered type could not be confirmed.
+        AdapterError: an adapter describes another model than this one, the probe found that its layout is
+            wrong, or ``strict`` and heads were not found or could not be confirmed.
     """
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "model_type"):
@@ -103,13 +103,44 @@ def resolve(
             "for instance AutoModelForCausalLM.from_pretrained(...)"
         )
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    chosen = _choose(adapter, config.model_type, text_config.model_type)
+    model_types = [config.model_type]
+    # of an encoder-decoder the text config is the decoder's: its adapter knows nothing of the encoder
+    if not getattr(config, "is_encoder_decoder", False):
+        model_types.append(text_config.model_type)
+    chosen = _choose(adapter, *model_types)
     if chosen is None:
         return _detected(model, config.model_type, every_layer=verify == "all", strict=strict)
-    layout = build_layout(model, config.model_type, chosen(model, text_config))
-    if verify:
-        verify_layout(model, layout, every_layer=verify == "all")
+    layout = _registered(model, chosen, text_config, verify)
+    if not layout.attention:
+        message = (
+            f"{_name_of(chosen)}, the adapter for model_type {config.model_type!r}, found attention in no "
+            "layer: there will be no heads. Check the paths of its optional patterns, see docs/adapters.md"
+        )
+        if strict:
+            raise AdapterError(message)
+        warnings.warn(message, stacklevel=3)
     return layout
+
+
+def _registered(model: nn.Module, adapter: Adapter, text_config: Any, verify: Verify) -> ModelLayout:
+    """The layout as an adapter describes it, verified if asked for."""
+    config: Any = model.config
+    try:
+        layout = build_layout(model, config.model_type, adapter(model, text_config))
+        if verify:
+            verify_layout(model, layout, every_layer=verify == "all")
+    # an adapter for other models stumbles over what they do not have
+    except (AttributeError, ValueError, LookupError, TypeError) as error:
+        raise AdapterError(
+            f"{_name_of(adapter)} does not describe this {type(model).__name__} (model_type "
+            f"{config.model_type!r}): {type(error).__name__}: {error}. Pass another adapter, or correct it"
+        ) from error
+    return layout
+
+
+def _name_of(adapter: Adapter) -> str:
+    name = getattr(adapter, "__qualname__", None)
+    return f"{adapter.__module__}.{name}" if name else repr(adapter)
 
 
 def _choose(adapter: Adapter | str | None, *model_types: str) -> Adapter | None:

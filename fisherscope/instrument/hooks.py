@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import register_multi_grad_hook
+from torch.utils import _pytree as pytree
 
 from fisherscope.adapters.injected import plain_layer
 from fisherscope.adapters.unwrap import uncompiled
 from fisherscope.errors import FisherscopeError
 from fisherscope.instrument.lookup import Lookup, lookup_of
+from fisherscope.instrument.replay import Replay, Samples, floating
 from fisherscope.instrument.rules import LayerCall
 from fisherscope.instrument.targets import Site, Targets
 from fisherscope.linalg import Factored, PerSampleGradient, Rows, Total
@@ -53,6 +56,7 @@ class GradientTap:
         self._pieces: dict[str, PerSampleGradient] = {}
         self._n = 0
         self._positions = 0
+        self._is_silent = False
 
     @contextmanager
     def attached(self, n: int, positions: int) -> Iterator[None]:
@@ -73,12 +77,12 @@ class GradientTap:
             stack.callback(self._pieces.clear)
             yield
 
-    def _forward_hook(self, site: Site) -> Callable[..., Tensor | None]:
-        def hook(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-        ) -> Tensor | None:
-            if not torch.is_grad_enabled():
+    def _forward_hook(self, site: Site) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            if self._is_silent or not torch.is_grad_enabled():
                 return None
+            if site.rule is None:
+                return self._watch_call(site, args, kwargs, output)
             if site.rule.looks_up:
                 return self._watch_lookup(site, lookup_of(module, args, kwargs, output, self._n), output)
             if not output.requires_grad:
@@ -105,6 +109,35 @@ class GradientTap:
 
         return hook
 
+    def _watch_call(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Keep a call of a module without a rule, until the gradients of all that it returned are known."""
+        if isinstance(output, Tensor) and not output.requires_grad:
+            output = output.detach().requires_grad_()
+        # aliases: one output may depend on another within the module; what counts comes from outside
+        output = pytree.tree_map_only(Tensor, lambda t: t.view_as(t) if t.requires_grad else t, output)
+        samples = Samples(self._n, self._positions)
+        replay = Replay(site.module, args, kwargs, samples, self._silenced)
+        returned = floating(output)
+        places = [k for k, tensor in enumerate(returned) if tensor.requires_grad]
+        self._open_uses.update(site.parameters.values())
+
+        def finish(gradients: Sequence[Tensor | None]) -> None:
+            known: list[Tensor | None] = [None] * len(returned)
+            for place, gradient in zip(places, gradients, strict=True):
+                known[place] = gradient
+            self._hand_on(site, replay.gradients(known, frozenset(site.parameters)))
+
+        register_multi_grad_hook([returned[place] for place in places], finish)
+        return output
+
+    @contextmanager
+    def _silenced(self) -> Iterator[None]:
+        before, self._is_silent = self._is_silent, True
+        try:
+            yield
+        finally:
+            self._is_silent = before
+
     def _watch_lookup(self, site: Site, found: Lookup, output: Tensor) -> Tensor | None:
         """Give every sample rows of its own where one lookup served all of them."""
         rows = output
@@ -121,9 +154,12 @@ class GradientTap:
         self._finish(site, use, None)
 
     def _finish(self, site: Site, use: _Use, input_gradient: Tensor | None) -> None:
-        gradients = site.rule.gradients(
-            site.module, use.call(self._dtype, input_gradient), frozenset(site.parameters)
-        )
+        assert site.rule is not None
+        call = use.call(self._dtype, input_gradient)
+        self._hand_on(site, site.rule.gradients(site.module, call, frozenset(site.parameters)))
+
+    def _hand_on(self, site: Site, gradients: Mapping[str, PerSampleGradient]) -> None:
+        """Hand each parameter on after its last use, with the pieces of all uses added up."""
         for local, gradient in gradients.items():
             name = site.parameters[local]
             if name in self._pieces:

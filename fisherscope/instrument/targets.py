@@ -11,8 +11,8 @@ from torch import nn
 
 from fisherscope.adapters.modules import is_linear_map
 from fisherscope.errors import CoverageError
-from fisherscope.instrument.reference import unseen_by_hooks
 from fisherscope.instrument.rules import Rule, find_rule
+from fisherscope.instrument.trial import Trial, try_out
 from fisherscope.layout import ModelLayout, ParameterInfo
 
 # kinds of parameters whose modules are given every position of every sample once and in order
@@ -28,7 +28,7 @@ class Site:
     Attributes:
         path: where it is in the model.
         module: the module.
-        rule: how it yields per-sample gradients.
+        rule: how it yields per-sample gradients; None if its call is run again sample by sample.
         parameters: its own parameter names -> names as in ``named_parameters()``. A tied parameter has
             one name and several sites.
         every_position: whether it is part of an attention or MLP that the layout describes, which is given
@@ -37,7 +37,7 @@ class Site:
 
     path: str
     module: nn.Module
-    rule: Rule
+    rule: Rule | None
     parameters: dict[str, str]
     every_position: bool = False
 
@@ -70,41 +70,58 @@ def select_targets(model: nn.Module, layout: ModelLayout, choice: ParameterChoic
     Raises:
         CoverageError: nothing matches, or nothing that matches has a rule.
     """
-    canonical = {id(p): name for name, p in model.named_parameters()}
-    uses: dict[str, list[tuple[str, nn.Module, str]]] = {}
-    for path, module in model.named_modules():
-        for local, parameter in module.named_parameters(recurse=False):
-            uses.setdefault(canonical[id(parameter)], []).append((path, module, local))
+    uses = _uses(model)
+    chosen = {i.name for i in layout.parameters if _is_selected(i, choice, [u.module for u in uses[i.name]])}
+    trial = try_out(model, {name: [use.module for use in uses[name]] for name in chosen})
     rows, parameters = [], []
-    found: dict[str, Site] = {}
-    chosen = [i.name for i in layout.parameters if _is_selected(i, choice, [m for _, m, _ in uses[i.name]])]
-    unseen = unseen_by_hooks(model, {name: [m for _, m, _ in uses[name]] for name in chosen})
+    sites: dict[str, Site] = {}
     for info in layout.parameters:
-        selected = info.name in chosen
-        rules = [(path, module, local, find_rule(module)) for path, module, local in uses[info.name]]
-        lacking = [module for _, module, local, rule in rules if not rule or local not in rule.handles]
-        if len(lacking) < len(rules):
-            # BERT's head holds the bias of a linear map inside of it: what uses it is that
-            lacking = [module for module in lacking if not any(module.children())]
-        missing = [type(module).__name__ for module in lacking]
-        covered = selected and not missing and info.name not in unseen
-        if covered:
+        reason = "not selected"
+        if info.name in chosen:
+            mine, reason = _watched(uses[info.name], trial)
+            reason = reason or trial.unseen.get(info.name, "")
+        if not reason:
             parameters.append(info.name)
-            for path, module, local, rule in rules:
-                if rule is not None and local in rule.handles:
-                    site = found.setdefault(path, Site(path, module, rule, {}, info.kind in _EVERY_POSITION))
-                    site.parameters[local] = info.name
-        reason = ""
-        if not selected:
-            reason = "not selected"
-        elif missing:
-            reason = f"no rule for {missing[0]}"
-        elif info.name in unseen:
-            reason = unseen[info.name]
-        rows.append((info, selected, covered, type(uses[info.name][0][1]).__name__, reason))
+            for use in mine:
+                every = info.kind in _EVERY_POSITION
+                site = sites.setdefault(use.path, Site(use.path, use.module, use.rule, {}, every))
+                site.parameters[use.local] = info.name
+        kind = type(uses[info.name][0].module).__name__
+        rows.append((info, info.name in chosen, not reason, kind, reason))
     coverage = _coverage_frame(rows)
     _check(coverage, choice)
-    return Targets(tuple(parameters), tuple(found.values()), coverage)
+    return Targets(tuple(parameters), tuple(sites.values()), coverage)
+
+
+@dataclass(frozen=True)
+class _Use:
+    """A module that holds a parameter, and under which name."""
+
+    path: str
+    module: nn.Module
+    local: str
+    rule: Rule | None
+
+
+def _uses(model: nn.Module) -> dict[str, list[_Use]]:
+    """Where each parameter is: a tied one in several modules."""
+    canonical = {id(p): name for name, p in model.named_parameters()}
+    found: dict[str, list[_Use]] = {}
+    for path, module in model.named_modules():
+        for local, parameter in module.named_parameters(recurse=False):
+            rule = find_rule(module)
+            known = rule if rule is not None and local in rule.handles else None
+            found.setdefault(canonical[id(parameter)], []).append(_Use(path, module, local, known))
+    return found
+
+
+def _watched(uses: list[_Use], trial: Trial) -> tuple[list[_Use], str]:
+    """Which modules to watch for a parameter, or why its gradients cannot be had."""
+    if any(use.rule for use in uses):
+        # BERT's head holds the bias of a linear map inside of it: what uses it is that
+        uses = [use for use in uses if use.rule or not any(use.module.children())]
+    lacking = [use.module for use in uses if not use.rule and use.module not in trial.replayable]
+    return uses, f"no rule for {type(lacking[0]).__name__}" if lacking else ""
 
 
 def _is_selected(info: ParameterInfo, choice: ParameterChoice, modules: list[nn.Module]) -> bool:

@@ -85,20 +85,20 @@ def decode(data: dict[str, Any]) -> ModelLayout:
         )
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError(f"not a model layout: {error!r}") from error
-    _check_partitions(layout)
+    check_partitions(layout)
     return layout
 
 
-def _check_partitions(layout: ModelLayout) -> None:
-    """Every partition cuts a parameter of the model, and knows its shape."""
+def check_partitions(layout: ModelLayout) -> None:
+    """Confirm that every partition cuts a parameter of the model, and knows its shape.
+
+    Raises:
+        ValueError: one does not, or two parameters have one name.
+    """
     shapes = {info.name: info.shape for info in layout.parameters}
     if len(shapes) != len(layout.parameters):
         raise ValueError("not a model layout: two parameters have one name")
-    heads = (p for _, block in layout.head_blocks() for p in block.partitions)
-    channels = (p for module in layout.mlps for p in module.partitions)
-    experts = (p for module in layout.experts for p in module.partitions)
-    rows = (p for module in layout.rows for p in module.partitions)
-    for partition in (*heads, *channels, *experts, *rows):
+    for partition in layout.partitions():
         if shapes.get(partition.parameter) != partition.shape:
             raise ValueError(
                 f"not a model layout: a partition of {partition.parameter!r} expects the shape "

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from fisherscope.layout.attention import AttentionLayout, Flag, HeadBlock, Part
 from fisherscope.layout.mlp import ExpertsLayout, MlpLayout, RowsLayout
+from fisherscope.layout.partition import Partition
 from fisherscope.layout.slices import ParameterSlice
 
 ParameterKind = Literal["attention", "mlp", "experts", "router", "norm", "embedding", "output", "other"]
@@ -43,6 +44,9 @@ class ModelLayout:
         rows: one entry per linear map of the layers whose heads or channels are not described.
         source: who described the layers: a "registered" adapter, or "detected" from the model's structure;
             "modules" where heads could not be found, so that modules and rows are all there is.
+
+    Raises:
+        ValueError: two attention layers have the same number in the same stack.
     """
 
     model_type: str
@@ -52,6 +56,17 @@ class ModelLayout:
     experts: tuple[ExpertsLayout, ...] = ()
     rows: tuple[RowsLayout, ...] = ()
     source: Source = "registered"
+
+    def __post_init__(self) -> None:
+        places: dict[tuple[str, int], str] = {}
+        for attention in self.attention:
+            place = (attention.stack, attention.layer)
+            if place in places:
+                raise ValueError(
+                    f"{places[place]} and {attention.module} are both layer {attention.layer} of the stack "
+                    f"{attention.stack!r}: give one of their stacks another name"
+                )
+            places[place] = attention.module
 
     @cached_property
     def _by_name(self) -> dict[str, ParameterInfo]:
@@ -136,6 +151,14 @@ class ModelLayout:
         for attention in self.attention:
             for block in attention.blocks:
                 yield attention, block
+
+    def partitions(self) -> Iterator[Partition]:
+        """Those of every head block, MLP, mixture of experts and linear map."""
+        for _, block in self.head_blocks():
+            yield from block.partitions
+        modules: list[MlpLayout | ExpertsLayout | RowsLayout] = [*self.mlps, *self.experts, *self.rows]
+        for module in modules:
+            yield from module.partitions
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for ``json.dump``; :meth:`from_json` reads it back."""

@@ -3,8 +3,9 @@
 from fisherscope.linalg.dense import Dense
 from fisherscope.linalg.factored import Factored
 from fisherscope.linalg.gradient import PerSampleGradient
+from fisherscope.linalg.lazy import OneByOne
 from fisherscope.linalg.moments import Moments
 from fisherscope.linalg.rows import Rows
 from fisherscope.linalg.total import Total
 
-__all__ = ["Dense", "Factored", "Moments", "PerSampleGradient", "Rows", "Total"]
+__all__ = ["Dense", "Factored", "Moments", "OneByOne", "PerSampleGradient", "Rows", "Total"]

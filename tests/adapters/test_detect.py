@@ -233,8 +233,8 @@ def test_a_model_that_does_not_run_on_a_small_input() -> None:
     assert len(layout.rows) == 12
 
 
-def test_a_linear_layer_that_computes_something_else_is_no_projection() -> None:
-    """A subclass of nn.Linear whose output is not its matrix's has no heads and no rule."""
+def test_a_linear_layer_that_computes_something_else_is_no_projection(tmp_path: Path) -> None:
+    """A subclass of nn.Linear whose output is not its matrix's has no heads; its gradients are exact."""
 
     class Doubled(torch.nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -246,6 +246,9 @@ def test_a_linear_layer_that_computes_something_else_is_no_projection() -> None:
     model.model.layers[0].self_attn.q_proj = new
     with pytest.raises(AdapterError, match=r"q_proj is not the linear map of its weight"):
         fs.wrap(model)
-    with pytest.warns(UserWarning, match="no rule for Doubled"):
-        scope = fs.wrap(model, verify=False, parameters=["*.q_proj.weight"])
-    assert scope.parameters == ("model.layers.1.self_attn.q_proj.weight",)
+    scope = fs.wrap(model, verify=False, parameters=["*.q_proj.weight"])
+    data = models.rows(3)
+    store = scope.collect({"a": data}, tmp_path / "run.fs", extensions=EXACT, quiet=True)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    expected = torch.stack([sample[name] for sample in models.loop(model, data)])
+    assert models.relative_error(store.gradients("a", name), expected) <= 1e-5

@@ -6,7 +6,7 @@ import torch
 from hypothesis import strategies as st
 
 from fisherscope.layout import Partition
-from fisherscope.linalg import Dense, Factored, PerSampleGradient, Rows, Total
+from fisherscope.linalg import Dense, Factored, OneByOne, PerSampleGradient, Rows, Total
 
 
 @dataclass
@@ -112,9 +112,18 @@ def total_cases(draw):
     return Case(Total(*(part for part, _ in chosen)), reference, partitions)
 
 
+@st.composite
+def lazy_cases(draw):
+    """Gradients that are formed one sample at a time."""
+    shape = tuple(draw(st.lists(st.integers(1, 6), min_size=1, max_size=3)))
+    dense, reference = make_dense(draw(st.integers(1, 4)), shape, draw(st.integers(0, 2**16)))
+    lazy = OneByOne(lambda i: dense.values[i].clone(), dense.n, shape, dense.device)
+    return Case(lazy, reference, draw(st.lists(partitions_of(shape), min_size=1, max_size=3)))
+
+
 def any_case():
     """Any representation."""
-    return st.one_of(factored_cases(), dense_cases(), rows_cases(), total_cases())
+    return st.one_of(factored_cases(), dense_cases(), rows_cases(), total_cases(), lazy_cases())
 
 
 def per_piece(values, partitions):

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from fisherscope.adapters.build import Stack
-from fisherscope.adapters.patterns import AttentionPattern, Concat, Mlp, MlpPattern, Separate
+from fisherscope.adapters.patterns import AttentionPattern, Concat, JoinedKeyValue, Mlp, MlpPattern, Separate
 from fisherscope.adapters.registry import register
 
 
 @register("gpt2")
-def gpt2(model: nn.Module, config: Any) -> Stack:
-    """All queries, all keys, all values in one Conv1D: heads are columns of its weight."""
+def gpt2(model: nn.Module, config: Any) -> Stack | list[Stack]:
+    """All queries, all keys, all values in one Conv1D: heads are columns of its weight.
+
+    Cross attention, where it is configured, has a Conv1D for the queries and one for keys and values.
+    """
     del model
-    return _decoder(
+    own = _decoder(
         config,
         "h",
         Concat("attn", fused="c_attn", output="c_proj"),
         Mlp("mlp", expand=("c_fc",), contract="c_proj"),
     )
+    if not getattr(config, "add_cross_attention", False):
+        return own
+    cross = JoinedKeyValue("crossattention", query="q_attn", key_value="c_attn", output="c_proj")
+    return [own, replace(own, attention=cross, mlp=None, name="cross")]
 
 
 @register("gpt_neo")

@@ -1,0 +1,115 @@
+"""What hooks will see of each module, found out on a small input before anything is collected."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fisherscope.adapters.inputs import POSITIONS, first_output, probe_inputs
+from fisherscope.errors import AdapterError
+from fisherscope.instrument.lookup import has_samples
+from fisherscope.instrument.reference import tracked
+from fisherscope.instrument.replay import Samples, is_replayable
+from fisherscope.instrument.rules import find_rule
+
+_ROWS = 3  # samples of the small input: another number than that of its positions
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What was found out.
+
+    Attributes:
+        unseen: parameter -> why hooks cannot see its per-sample gradients.
+        replayable: modules without a rule whose calls can be run again sample by sample.
+    """
+
+    unseen: dict[str, str]
+    replayable: frozenset[nn.Module]
+
+
+def try_out(model: nn.Module, modules: Mapping[str, Sequence[nn.Module]]) -> Trial:
+    """Run a small input, and look at the calls of the modules that hold the parameters.
+
+    Mamba multiplies with the weight of a projection that it never calls; T5's table of position biases is
+    looked up once for all samples and pairs of positions.
+
+    Args:
+        model: a transformers model.
+        modules: the modules of each parameter.
+
+    Returns:
+        What was found; nothing where the model does not run on a small input.
+    """
+    watch = _Watch()
+    with ExitStack() as stack:
+        for module in {m for owners in modules.values() for m in owners}:
+            stack.callback(module.register_forward_hook(watch, with_kwargs=True).remove)
+        try:
+            first_output(model, probe_inputs(model, _ROWS, seed=0))
+        except AdapterError:
+            return Trial({}, frozenset())
+    unseen = {
+        name: "its module mixes samples with positions"
+        for name, owners in modules.items()
+        if not watch.mixing.isdisjoint(owners)
+    }
+    uncalled = [name for name, owners in modules.items() if watch.called.isdisjoint(owners)]
+    unseen |= dict.fromkeys(_with_gradient(model, uncalled), "used without a call of its module")
+    return Trial(unseen, frozenset(watch.replayable - watch.not_replayable))
+
+
+class _Watch:
+    """A forward hook that takes note of what it sees."""
+
+    def __init__(self) -> None:
+        self.called: set[nn.Module] = set()
+        self.mixing: set[nn.Module] = set()
+        self.replayable: set[nn.Module] = set()
+        self.not_replayable: set[nn.Module] = set()
+        self._is_silent = False
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self._is_silent:
+            return
+        self.called.add(module)
+        rule = find_rule(module)
+        if rule is None:
+            with self._silence():
+                good = is_replayable(module, args, kwargs, output, Samples(_ROWS, POSITIONS))
+            (self.replayable if good else self.not_replayable).add(module)
+            return
+        given = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+        if given is None:
+            return
+        flat = given.dim() == 2 and given.shape[0] == _ROWS * POSITIONS
+        if not (has_samples(given, _ROWS) if rule.looks_up else given.shape[0] == _ROWS or flat):
+            self.mixing.add(module)
+
+    @contextmanager
+    def _silence(self) -> Iterator[None]:
+        self._is_silent = True
+        try:
+            yield
+        finally:
+            self._is_silent = False
+
+
+def _with_gradient(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Which of the parameters have a gradient that is not zero, on a small input."""
+    if not names:
+        return []
+    parameters = [model.get_parameter(name) for name in names]
+    with tracked(parameters), torch.enable_grad():
+        output = first_output(model, probe_inputs(model, 1, seed=0))
+        weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
+        total = (output * weights).sum()
+        if not total.requires_grad:
+            return []
+        gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+    return [name for name, g in zip(names, gradients, strict=True) if g is not None and bool(g.any())]
