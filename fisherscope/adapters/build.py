@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -24,6 +24,7 @@ from fisherscope.layout import (
 from fisherscope.layout.codec import check_partitions
 from fisherscope.layout.model import ParameterKind, Source
 
+Part = TypeVar("Part", AttentionLayout, MlpLayout)
 MlpPatterns = MlpPattern | tuple[MlpPattern, ...] | None
 
 
@@ -117,7 +118,7 @@ class _Builder:
         try:
             for stack in stacks:
                 self._add(stack)
-            self._refuse_shared_weights()
+            self._settle_shared_weights()
             experts = tuple(self._experts())
             parameters = tuple(self._parameters(experts))
             layout = ModelLayout(
@@ -180,25 +181,14 @@ class _Builder:
         except KeyError:
             raise AdapterError(_missing(self._model, path)) from None
 
-    def _refuse_shared_weights(self) -> None:
-        """The entries of a weight are one head's: a weight that is tied to another one has two names."""
+    def _settle_shared_weights(self) -> None:
+        """List parts whose weights are all those of another part once, and refuse what is shared in part."""
         own = {id(parameter): name for name, parameter in self._model.named_parameters()}
         every = self._model.named_parameters(remove_duplicate=False)
         tied = {name: own[id(parameter)] for name, parameter in every if own[id(parameter)] != name}
-        if not tied:
-            return
-        parts: list[AttentionLayout | MlpLayout] = [*self._attention, *self._mlps]
-        for part in parts:
-            what = "heads" if isinstance(part, AttentionLayout) else "channels"
-            blocks = part.blocks if isinstance(part, AttentionLayout) else (part,)
-            for name in (partition.parameter for block in blocks for partition in block.partitions):
-                if name in tied:
-                    raise AdapterError(
-                        f"{name} shares one weight with {tied[name]}, which a layout of {what} cannot "
-                        f"express: its entries would belong to two {what} and be counted twice. Describe "
-                        "what is left with fisherscope.wrap(model, adapter=...): a function that gives None "
-                        f"for the {what} of layer {part.layer} of the {part.stack}"
-                    )
+        if tied:
+            self._attention = _without_repeats(self._attention, tied)
+            self._mlps = _without_repeats(self._mlps, tied)
 
     def _experts(self) -> Iterator[ExpertsLayout]:
         """Modules of the layers with stacked weights: parameters of three axes, one slice per expert."""
@@ -285,6 +275,44 @@ def _per_layer(given: Any, n: int, what: str) -> Sequence[Any]:
     if len(given) != n:
         raise AdapterError(f"{len(given)} {what} for {n} layers: give one for all or a list of one for each")
     return given
+
+
+def _without_repeats(parts: Sequence[Part], tied: Mapping[str, str]) -> list[Part]:
+    """Parts without those that are another one under further names, as Zamba's shared blocks are.
+
+    Args:
+        parts: attention layers or MLPs.
+        tied: further name of a parameter -> the name that ``named_parameters()`` gives.
+
+    Raises:
+        AdapterError: a part shares some of its weights with another one.
+    """
+    cuts = [_cuts(part) for part in parts]
+    known = [cut for cut in cuts if not any(partition.parameter in tied for _, partition in cut)]
+    kept: list[Part] = []
+    for part, cut in zip(parts, cuts, strict=True):
+        if cut in known:
+            kept.append(part)
+            continue
+        named = [(block, replace(p, parameter=tied.get(p.parameter, p.parameter))) for block, p in cut]
+        if named in known and all(partition.parameter in tied for _, partition in cut):
+            continue
+        name = next(partition.parameter for _, partition in cut if partition.parameter in tied)
+        what = "heads" if isinstance(part, AttentionLayout) else "channels"
+        raise AdapterError(
+            f"{name} shares one weight with {tied[name]}, which a layout of {what} cannot express: its "
+            f"entries would belong to two {what} and be counted twice. Describe what is left with "
+            f"fisherscope.wrap(model, adapter=...): a function that gives None for the {what} of layer "
+            f"{part.layer} of the {part.stack}"
+        )
+    return kept
+
+
+def _cuts(part: AttentionLayout | MlpLayout) -> list[tuple[str, Partition]]:
+    """Every partition of a part, with the name of its block."""
+    if isinstance(part, MlpLayout):
+        return [("", partition) for partition in part.partitions]
+    return [(block.name, partition) for block in part.blocks for partition in block.partitions]
 
 
 def _missing(model: nn.Module, path: str) -> str:

@@ -86,6 +86,27 @@ def test_a_weight_tied_within_a_layer_is_no_two_blocks() -> None:
         resolve(model)
 
 
+def test_a_block_with_all_weights_tied_is_listed_once() -> None:
+    """As with ALBERT's one layer: the heads and channels of the first place, and no entry twice."""
+    model: Any = models.build(models.named("gpt2"))
+    first, second = model.transformer.h
+    for name, module in first.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            setattr(second.get_submodule(name), key, parameter)
+    layout = resolve(model, verify="all")
+    assert [a.layer for a in layout.attention] == [0]
+    assert [m.layer for m in layout.mlps] == [0]
+    assert not layout.rows
+    assert ModelLayout.from_json(layout.to_json()) == layout
+    second.attn.c_proj.bias = torch.nn.Parameter(torch.zeros(32))
+    assert [a.layer for a in resolve(model).attention] == [0]
+    second.attn.c_attn.bias = torch.nn.Parameter(torch.zeros(96))
+    with pytest.raises(
+        AdapterError, match=r"h\.1\.attn\.c_attn\.weight shares one weight with transformer\.h\.0"
+    ):
+        resolve(model)
+
+
 def test_a_shared_attention_module_is_named() -> None:
     """Both places are in the error, and the way out that it names works."""
     model: Any = models.build(models.named("llama"))
