@@ -229,7 +229,7 @@ def _read_layer(model: nn.Module, where: str, calls: Sequence[_Call], reasons: l
         else:
             reasons.append(f"with {', '.join(proposal.used)} as its projections, {problem}")
     for mlp in _mlp_proposals([call for call in once if call.path not in used]):
-        paths = {*mlp.expand, mlp.contract}
+        paths = {f"{mlp.module}.{name}".removeprefix(".") for name in (*mlp.expand, mlp.contract)}
         if used & paths:
             continue
         if _refused(lambda m=mlp: _check_mlp(model, where, m)) is None:  # type: ignore[misc]

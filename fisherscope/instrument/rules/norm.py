@@ -2,7 +2,7 @@
 
 Their classes are many, and some scale by the weight and some by one more than the weight; some serve all
 features, some those of one head. What they share is checked on the module itself: the output is an affine
-function of each entry of the weight.
+function of each entry of the weight, and of no other sample.
 """
 
 from __future__ import annotations
@@ -71,9 +71,11 @@ def _is_affine_in_its_weight(module: nn.Module) -> bool:
     try:
         module.training = False
         origin, slope = _with_weight(module, x, 0.0), _slope(module, x)
-        found = _with_weight(module, x, scale)
+        found, alone = _with_weight(module, x, scale), _with_weight(module, x[:1], scale)
     except Exception:  # whatever it wants, it is not one tensor of features
         return False
     finally:
         module.training = modes
-    return found.shape == x.shape and torch.allclose(found, origin + slope * scale, rtol=1e-4, atol=1e-4)
+    if found.shape != x.shape or not torch.allclose(found[:1], alone, rtol=1e-4, atol=1e-4):
+        return False
+    return torch.allclose(found, origin + slope * scale, rtol=1e-4, atol=1e-4)
