@@ -300,7 +300,8 @@ def _judge(p: _Perturbation, moved: Tensor, tails: Tensor, attention: AttentionL
     expected = set(range(attention.n_heads)) if p.coupled and p.change == "loud" else set(mine)
     if found != expected and not (p.is_of_one_value and found <= expected):
         message = f"perturbing {name} head {head} moved heads {sorted(found)}, not {sorted(expected)}"
-        return _Problem(message, is_final=not found <= expected)
+        # a context is a mean of values: if changing all of them moves nothing, they are not values
+        return _Problem(message, is_final=not found <= expected or (name == "V" and not found))
     if name not in {"K", "V"} and p.at is not None:
         others = moved.any(1)
         others[p.at] = False

@@ -54,7 +54,7 @@ def model(setting: models.Setting) -> torch.nn.Module:
 NO_RULE = r"feed_forward\.experts\.|linear_attn\.(?:conv1d|norm)"
 
 
-@pytest.mark.filterwarnings("default:.*chosen parameters are not instrumented")
+@pytest.mark.filterwarnings("ignore:.*chosen parameters are not instrumented")
 def test_every_parameter_equals_the_loop(model: torch.nn.Module, tmp_path: Path) -> None:
     """Embeddings (tied, scaled, of positions), norms (of heads, too), experts, routers and sinks, too."""
     data = models.rows(6)
