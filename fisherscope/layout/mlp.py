@@ -8,12 +8,8 @@ from fisherscope.layout.partition import Partition
 
 
 @dataclass(frozen=True)
-class MlpLayout:
-    """Channels of one MLP: channel c is a gate row, an up row and a down column.
-
-    ``weights`` and ``biases`` are partitions of width 1 with one piece per channel; the down
-    projection's bias belongs to no channel.
-    """
+class Pieces:
+    """A module that is cut into pieces, each with its part of every parameter."""
 
     layer: int
     module: str
@@ -22,44 +18,45 @@ class MlpLayout:
     stack: str = "decoder"
 
     def __post_init__(self) -> None:
-        _same_length(self.module, self.partitions, "channels")
+        lengths = {len(partition) for partition in self.partitions}
+        if len(lengths) != 1:
+            raise ValueError(f"{self.module}: partitions disagree on the number of pieces: {sorted(lengths)}")
+
+    def __len__(self) -> int:
+        return len(self.weights[0])
 
     @property
     def partitions(self) -> tuple[Partition, ...]:
         """Those of the weights, then those of the biases."""
         return (*self.weights, *self.biases)
 
+
+@dataclass(frozen=True)
+class MlpLayout(Pieces):
+    """Channels of one MLP: channel c is a gate row, an up row and a down column.
+
+    ``weights`` and ``biases`` are partitions of width 1 with one piece per channel, those of the expanding
+    projections in the order of the pattern (gate, then up), that of the contracting one last; its bias
+    belongs to no channel.
+    """
+
     @property
     def channels(self) -> int:
         """Number of channels."""
-        return len(self.weights[0])
+        return len(self)
 
 
 @dataclass(frozen=True)
-class ExpertsLayout:
+class ExpertsLayout(Pieces):
     """Experts of one mixture, whose weights are stacked in parameters with a leading expert axis.
 
     ``weights`` and ``biases`` are partitions of width 1 along that axis, one piece per expert.
     """
 
-    layer: int
-    module: str
-    weights: tuple[Partition, ...]
-    biases: tuple[Partition, ...] = ()
-    stack: str = "decoder"
-
-    def __post_init__(self) -> None:
-        _same_length(self.module, self.partitions, "experts")
-
-    @property
-    def partitions(self) -> tuple[Partition, ...]:
-        """Those of the weights, then those of the biases."""
-        return (*self.weights, *self.biases)
-
     @property
     def experts(self) -> int:
         """Number of experts."""
-        return len(self.weights[0])
+        return len(self)
 
 
 @dataclass(frozen=True)
@@ -76,9 +73,3 @@ class RowsLayout:
     def partitions(self) -> tuple[Partition, ...]:
         """Those of weight and bias, as far as there are any."""
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
-
-
-def _same_length(module: str, partitions: tuple[Partition, ...], what: str) -> None:
-    lengths = {len(partition) for partition in partitions}
-    if len(lengths) != 1:
-        raise ValueError(f"{module}: partitions disagree on the number of {what}: {sorted(lengths)}")

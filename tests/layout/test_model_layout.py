@@ -59,7 +59,7 @@ def test_channel_counts_must_agree():
     """Gate, up and down of one MLP have the same channels."""
     up = Partition.regular("up", (5, 3), 0, 5, 1)
     down = Partition.regular("down", (3, 4), 1, 4, 1)
-    with pytest.raises(ValueError, match=r"number of channels: \[4, 5\]"):
+    with pytest.raises(ValueError, match=r"number of pieces: \[4, 5\]"):
         MlpLayout(0, "mlp", (up, down))
 
 
