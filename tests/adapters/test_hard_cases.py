@@ -232,9 +232,7 @@ def test_an_adapter_that_fails_is_named() -> None:
         concat = Concat("self_attn", fused="qkv_proj", output="o_proj")
         return decoder(config, concat, Mlp("mlp", ("gate_up_proj",), "down_proj", stacked=1))
 
-    with pytest.raises(
-        AdapterError, match=r"'phi3' contradicts itself: .*disagree on the number of pieces"
-    ):
+    with pytest.raises(AdapterError, match=r"'phi3' contradicts itself: .*disagree on the number of pieces"):
         resolve(models.build(models.named("phi3")), adapter=stacked_once)
 
 
