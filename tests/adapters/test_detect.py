@@ -122,6 +122,7 @@ UNREGISTERED: dict[str, Case] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # of older versions, on import
 @pytest.mark.parametrize("model_type", UNREGISTERED)
 def test_unregistered_families_are_detected(model_type: str) -> None:
     """Eight families that no adapter describes: every head of every layer is confirmed, without a warning."""
@@ -159,8 +160,8 @@ def test_what_cannot_be_confirmed_works_by_module_and_row(model_type: str, tmp_p
     assert len(texts) == 1
     assert re.search(r"modules and rows.*fisherscope\.adapters\.register", texts[0])
     reasons = set(scope.coverage().query("selected and not covered")["reason"])
-    # Mamba multiplies with the weight of its dt_proj without calling it: no hook would see that
-    assert reasons == ({"used without a call of its module"} if model_type == "mamba" else set())
+    # later versions of Mamba multiply with the weight of dt_proj without calling it: no hook would see that
+    assert reasons <= ({"used without a call of its module"} if model_type == "mamba" else set())
     assert scope.layout.source == "modules"
     assert not scope.layout.attention
     assert "0 attention layers" in repr(scope)
