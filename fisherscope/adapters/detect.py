@@ -62,9 +62,8 @@ class _Proposal:
 
 @dataclass
 class _Layer:
-    """What is known of one layer."""
+    """What was confirmed in one layer."""
 
-    calls: list[_Call]
     attention: list[_Proposal] = field(default_factory=list)
     mlps: list[MlpPattern] = field(default_factory=list)
 
@@ -207,7 +206,7 @@ def _renumbered(calls: Sequence[_Call]) -> list[_Call]:
 
 def _read_layer(model: nn.Module, where: str, calls: Sequence[_Call], reasons: list[str]) -> _Layer:
     """Confirm attention, cross attention and MLPs of one layer."""
-    layer = _Layer(list(calls))
+    layer = _Layer()
     # layers that share their weights (ALBERT) are called several times: the first one is looked at
     first: dict[str, _Call] = {}
     for call in calls:

@@ -279,14 +279,7 @@ def _cut(
         for name, run in runs.items():
             starts[name].extend(range(position, position + run.heads * run.width, run.width))
             position += run.heads * run.width
-    return [
-        _block(name, where, module, tuple(starts[name]), runs[name].width)
-        for name in sorted(order, key=_rank)
-    ]
-
-
-def _rank(block: str) -> int:
-    return ("Q", "gate", "K", "V").index(block)
+    return [_block(name, where, module, tuple(starts[name]), runs[name].width) for name in order]
 
 
 def _block(name: str, where: str, module: nn.Module, starts: tuple[int, ...], width: int) -> HeadBlock:

@@ -24,7 +24,7 @@ def check_places(model: nn.Module, attention: AttentionLayout) -> None:
         _check_bias(model, block)
     output = attention.block("O")
     _check_side(model, output.weight, of_outputs=False)
-    if _module_of(output.weight) != attention.output:
+    if output.weight.module != attention.output:
         raise AdapterError(f"O is cut from {output.weight.parameter}, not from {attention.output}")
     if output.bias is not None:
         raise AdapterError("O's bias is added to the sum over heads: it belongs to none of them")
@@ -43,15 +43,13 @@ def check_channel_places(model: nn.Module, mlp: MlpLayout) -> None:
         _check_side(model, partition, of_outputs=True)
     _check_side(model, contract, of_outputs=False)
     _check_whole([*expand, contract])
-    wanted = [
-        (f"{_module_of(p)}.bias", p.starts) for p in expand if has_bias(model.get_submodule(_module_of(p)))
-    ]
+    wanted = [(f"{p.module}.bias", p.starts) for p in expand if has_bias(model.get_submodule(p.module))]
     if sorted(wanted) != sorted((p.parameter, p.starts) for p in mlp.biases):
         raise AdapterError("the biases of the channels are cut differently from their weights")
 
 
 def _check_side(model: nn.Module, partition: Partition, *, of_outputs: bool) -> None:
-    path = _module_of(partition)
+    path = partition.module
     module = model.get_submodule(path)
     if not is_linear_map(module):
         raise AdapterError(f"{path} is not the linear map of its weight: its output is something else")
@@ -64,7 +62,7 @@ def _check_side(model: nn.Module, partition: Partition, *, of_outputs: bool) -> 
 
 
 def _check_bias(model: nn.Module, block: HeadBlock) -> None:
-    path = _module_of(block.weight)
+    path = block.weight.module
     wanted = f"{path}.bias" if has_bias(model.get_submodule(path)) else None
     bias = block.bias
     if (None if bias is None else bias.parameter) != wanted:
@@ -84,7 +82,3 @@ def _check_whole(partitions: Sequence[Partition]) -> None:
 
 def _indices(partitions: Iterable[Partition]) -> Iterable[int]:
     return (i for p in partitions for start in p.starts for i in range(start, start + p.width))
-
-
-def _module_of(partition: Partition) -> str:
-    return partition.parameter.rpartition(".")[0]

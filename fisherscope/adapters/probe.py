@@ -124,7 +124,7 @@ def verify_layout(model: nn.Module, layout: ModelLayout, *, every_layer: bool = 
     seen: set[Any] = set()
     parts: list[AttentionLayout | MlpLayout] = [*layout.attention, *layout.mlps]
     for part in parts:
-        kind = kind_of(part)
+        kind = _kind_of(part)
         if not every_layer and kind in seen:
             continue
         seen.add(kind)
@@ -139,7 +139,7 @@ def verify_layout(model: nn.Module, layout: ModelLayout, *, every_layer: bool = 
             ) from None
 
 
-def kind_of(part: AttentionLayout | MlpLayout) -> tuple[Any, ...]:
+def _kind_of(part: AttentionLayout | MlpLayout) -> tuple[Any, ...]:
     """What layers have in common that one check is enough for, unless all are asked for."""
     if isinstance(part, MlpLayout):
         return (part.stack, *((p.shape, p.axis, p.starts) for p in part.partitions))
@@ -161,8 +161,8 @@ def verify_attention(model: nn.Module, attention: AttentionLayout) -> None:
     perturbations = list(_perturbations(attention, projected))
     with _sinks(model, attention, None):
         # one head of each block is enough to refuse most wrong layouts
-        _confirm(model, attention, [p for p in perturbations if p.head == 0], draws=_DRAWS)
-        _confirm(model, attention, perturbations, draws=_DRAWS)
+        _confirm(model, attention, [p for p in perturbations if p.head == 0])
+        _confirm(model, attention, perturbations)
     if attention.has("sink"):
         _verify_sinks(model, attention)
 
@@ -177,12 +177,10 @@ def is_causal(model: nn.Module, attention: AttentionLayout) -> bool:
     )
 
 
-def _confirm(
-    model: nn.Module, attention: AttentionLayout, perturbations: Sequence[_Perturbation], draws: int
-) -> None:
+def _confirm(model: nn.Module, attention: AttentionLayout, perturbations: Sequence[_Perturbation]) -> None:
     moved: _Movement | None = None
     problem: _Problem | None = None
-    for draw in range(draws):
+    for draw in range(_DRAWS):
         # a saturated softmax can hide a movement but not invent one, so what moved in any draw counts
         found = _moved(_contexts(model, attention, perturbations, seed=draw), attention, perturbations)
         moved = found if moved is None else moved | found
@@ -215,7 +213,7 @@ def verify_channels(model: nn.Module, mlp: MlpLayout) -> None:
         expected[row, inputs_of[chosen]] = True
     reached = torch.zeros_like(expected)
     for draw in range(_CHANNEL_DRAWS):
-        inputs = _channel_inputs(model, _module_of(contract), rows, seed=draw)
+        inputs = _channel_inputs(model, contract.module, rows, seed=draw)
         reached |= _beyond_rounding(inputs[1:], inputs[:1].expand(len(rows), -1, -1)).any(1).cpu()
         if (reached & ~expected).any() or torch.equal(reached, expected):
             break
@@ -227,9 +225,7 @@ def verify_channels(model: nn.Module, mlp: MlpLayout) -> None:
                 if found[wrong[0]]
                 else "does not move with its channel"
             )
-            raise AdapterError(
-                f"input {wrong[0]} of {_module_of(contract)} {moved} in {_module_of(partition)}"
-            )
+            raise AdapterError(f"input {wrong[0]} of {contract.module} {moved} in {partition.module}")
 
 
 def _perturbations(attention: AttentionLayout, blocks: Sequence[HeadBlock]) -> Iterator[_Perturbation]:
@@ -453,7 +449,7 @@ def _sinks(model: nn.Module, attention: AttentionLayout, loud: int | None) -> It
         yield
         return
     weight = attention.block("sink").weight
-    owner = model.get_submodule(_module_of(weight))
+    owner = model.get_submodule(weight.module)
     name = weight.parameter.rpartition(".")[2]
     before = owner._parameters[name]
     assert before is not None
@@ -467,10 +463,6 @@ def _sinks(model: nn.Module, attention: AttentionLayout, loud: int | None) -> It
         owner._parameters[name] = before
 
 
-def _module_of(partition: Partition) -> str:
-    return partition.parameter.rpartition(".")[0]
-
-
 def _projection_of(partition: Partition) -> str:
     """The module whose output is the projection's: PEFT adds to the plain layer's."""
-    return _module_of(partition).partition(".base_layer")[0]
+    return partition.module.partition(".base_layer")[0]

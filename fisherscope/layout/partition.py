@@ -69,6 +69,11 @@ class Partition:
         return (self[piece] for piece in range(len(self)))
 
     @property
+    def module(self) -> str:
+        """Path of the module that holds the parameter."""
+        return self.parameter.rpartition(".")[0]
+
+    @property
     def slice_shape(self) -> tuple[int, ...]:
         """Shape of one piece."""
         return tuple(self.width if axis == self.axis else n for axis, n in enumerate(self.shape))
