@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fisherscope.adapters.build import Stack, build_layout, layer_lists
+from fisherscope.adapters.channels import verify_channels
 from fisherscope.adapters.inputs import run_small
 from fisherscope.adapters.modules import in_features, is_linear_map, out_features
 from fisherscope.adapters.patterns import (
@@ -29,7 +30,7 @@ from fisherscope.adapters.patterns import (
     MlpPattern,
     Separate,
 )
-from fisherscope.adapters.probe import is_causal, verify_attention, verify_channels
+from fisherscope.adapters.probe import is_causal, verify_attention
 from fisherscope.errors import AdapterError
 from fisherscope.layout import ModelLayout
 

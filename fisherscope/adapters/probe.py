@@ -19,27 +19,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from fisherscope.adapters.inputs import run_small
-from fisherscope.adapters.places import check_channel_places, check_places
+from fisherscope.adapters.capture import beyond_rounding, capture_input, projection_of
+from fisherscope.adapters.channels import verify_channels
+from fisherscope.adapters.places import check_places
 from fisherscope.errors import AdapterError
 from fisherscope.layout import AttentionLayout, HeadBlock, MlpLayout, ModelLayout, Partition
 
 _DRAWS = 8
-_CHANNEL_DRAWS = 32  # a rectified gate hides half of the channels in each
 
 Change = Literal["added", "loud", "entry"]
 Silent = Literal["", "V", "K"]
-
-
-class _Captured(BaseException):
-    """Ends the forward pass once the tensor looked for is known."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +56,7 @@ class _Perturbation:
     @property
     def path(self) -> str:
         """The projection whose output is perturbed."""
-        return _projection_of(self.block.weight)
+        return projection_of(self.block.weight)
 
     @property
     def is_of_one_value(self) -> bool:
@@ -193,41 +189,6 @@ def _confirm(model: nn.Module, attention: AttentionLayout, perturbations: Sequen
     raise AdapterError(problem.message)
 
 
-def verify_channels(model: nn.Module, mlp: MlpLayout) -> None:
-    """Confirm every channel of one MLP: an entry of an expanding projection moves one input of the other.
-
-    Channels are changed many at a time: in row b those whose number has the binary digit b. Each input of the
-    contracting projection then tells by the rows in which it moved which channel it belongs to.
-
-    Raises:
-        AdapterError: another channel moved than the layout says.
-    """
-    check_channel_places(model, mlp)
-    *expand, contract = mlp.weights
-    numbers = torch.arange(1, mlp.channels + 1)
-    digits = [numbers.bitwise_right_shift(b).bitwise_and(1).bool() for b in range(mlp.channels.bit_length())]
-    rows = [(partition, chosen) for partition in expand for chosen in digits]
-    inputs_of = torch.tensor(contract.starts)
-    expected = torch.zeros(len(rows), contract.shape[contract.axis], dtype=torch.bool)
-    for row, (_, chosen) in enumerate(rows):
-        expected[row, inputs_of[chosen]] = True
-    reached = torch.zeros_like(expected)
-    for draw in range(_CHANNEL_DRAWS):
-        inputs = _channel_inputs(model, contract.module, rows, seed=draw)
-        reached |= _beyond_rounding(inputs[1:], inputs[:1].expand(len(rows), -1, -1)).any(1).cpu()
-        if (reached & ~expected).any() or torch.equal(reached, expected):
-            break
-    for (partition, _), found, wanted in zip(rows, reached, expected, strict=True):
-        wrong = (found != wanted).nonzero().flatten().tolist()
-        if wrong:
-            moved = (
-                "moves with channels that are not its own"
-                if found[wrong[0]]
-                else "does not move with its channel"
-            )
-            raise AdapterError(f"input {wrong[0]} of {contract.module} {moved} in {partition.module}")
-
-
 def _perturbations(attention: AttentionLayout, blocks: Sequence[HeadBlock]) -> Iterator[_Perturbation]:
     for block in blocks:
         coupled = block.name in attention.coupled
@@ -315,22 +276,13 @@ def _moved(context: Tensor, attention: AttentionLayout, perturbations: Sequence[
     block = attention.block("O").weight
     plain = {"": 0, "V": 1, "K": 2}
     references = context[[plain[p.silent] for p in perturbations]]
-    moved = _beyond_rounding(context[len(plain) :], references)
+    moved = beyond_rounding(context[len(plain) :], references)
     columns = [slice(start, start + block.width) for start in block.starts]
     heads = torch.stack([moved[..., c].any(-1) for c in columns], -1)
     # where two or more heads were taken for one, the first of them ends before the middle
     halves = [slice((c.start + c.stop) // 2, c.stop) for c in columns]
     tails = torch.stack([moved[..., half].any(-1).any(-1) for half in halves], -1)
     return _Movement(heads, tails)
-
-
-def _beyond_rounding(changed: Tensor, plain: Tensor) -> Tensor:
-    """Where a row differs from its reference by more than rounding, relative to the larger of the two."""
-    tolerance = max(1.5 * torch.finfo(plain.dtype).eps, 1e-4)
-    largest = torch.maximum(changed.abs(), plain.abs())
-    # a row of zeros is compared with others, too
-    scale = largest.flatten(1).amax(1).clamp_min(1e-6 * float(largest.max()))
-    return (changed - plain).abs() > tolerance * scale.view(-1, *(1,) * (plain.dim() - 1))
 
 
 def _contexts(
@@ -343,7 +295,7 @@ def _contexts(
     for row, silent in enumerate(silences):
         if silent and attention.has(silent):
             weight = attention.block(silent).weight
-            quiet.setdefault(_projection_of(weight), []).append((row, weight))
+            quiet.setdefault(projection_of(weight), []).append((row, weight))
     mine: dict[str, list[tuple[int, _Perturbation]]] = {}
     for row, perturbation in enumerate(perturbations, start=len(silences) - len(perturbations)):
         mine.setdefault(perturbation.path, []).append((row, perturbation))
@@ -359,73 +311,7 @@ def _contexts(
         return apply
 
     changes = {path: change(path) for path in dict.fromkeys([*mine, *quiet])}
-    return _capture(model, attention.output, changes, len(silences), generator, "the O projection")
-
-
-def _channel_inputs(
-    model: nn.Module, contract: str, rows: Sequence[tuple[Partition, Tensor]], seed: int
-) -> Tensor:
-    """Inputs of the contracting projection: of a plain row, then with some channels perturbed in each."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def change(path: str) -> Callable[[Tensor], None]:
-        def apply(out: Tensor) -> None:
-            for row, (partition, chosen) in enumerate(rows, start=1):
-                if _projection_of(partition) == path:
-                    # both ways by turns: half of a rectifier's inputs hide a change in one direction
-                    out[row, 0, torch.tensor(partition.starts)[chosen]] += -4.0 if seed % 2 else 4.0
-
-        return apply
-
-    changes = {path: change(path) for path in dict.fromkeys(_projection_of(p) for p, _ in rows)}
-    return _capture(model, contract, changes, 1 + len(rows), generator, "the contracting projection")
-
-
-def _capture(
-    model: nn.Module,
-    where: str,
-    changes: dict[str, Callable[[Tensor], None]],
-    rows: int,
-    generator: torch.Generator,
-    what: str,
-) -> Tensor:
-    """The input of one module, ``[rows, positions, features]``, with changed outputs before it."""
-    captured: list[Tensor] = []
-
-    def capture(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        captured.append(args[0].detach())
-        raise _Captured
-
-    with ExitStack() as stack:
-        for path, change in changes.items():
-            hook = _replace_output(change, rows, generator)
-            stack.callback(model.get_submodule(path).register_forward_hook(hook).remove)
-        handle = model.get_submodule(where).register_forward_pre_hook(capture)
-        stack.callback(handle.remove)
-        stack.enter_context(suppress(_Captured))
-        run_small(model, rows, generator.initial_seed())
-    if not captured:
-        raise AdapterError(f"{where} was never called: it is not {what}")
-    if captured[0].shape[0] % rows:
-        raise AdapterError(f"{where} is given {captured[0].shape[0]} rows for {rows}: it mixes samples")
-    return captured[0].reshape(rows, -1, captured[0].shape[-1])
-
-
-def _replace_output(
-    change: Callable[[Tensor], None], rows: int, generator: torch.Generator
-) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-    """A forward hook that gives all rows the same random output, and then each row its changes."""
-
-    def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
-        if output.numel() % (rows * output.shape[-1]):
-            raise AdapterError(f"a projection gives {tuple(output.shape)} for {rows} rows: it mixes samples")
-        positions = output.numel() // (rows * output.shape[-1])
-        noise = torch.randn(positions, output.shape[-1], generator=generator)
-        out = noise.repeat(rows, 1, 1)
-        change(out)
-        return out.reshape(output.shape).to(output)
-
-    return hook
+    return capture_input(model, attention.output, changes, len(silences), generator, "the O projection")
 
 
 def _verify_sinks(model: nn.Module, attention: AttentionLayout) -> None:
@@ -436,7 +322,7 @@ def _verify_sinks(model: nn.Module, attention: AttentionLayout) -> None:
     for head in range(attention.n_heads):
         with _sinks(model, attention, head):
             context = _contexts(model, attention, [], seed=0)[:1]
-        moved = _beyond_rounding(context, plain).any(1)[0]
+        moved = beyond_rounding(context, plain).any(1)[0]
         found = [h for h, s in enumerate(columns.starts) if moved[s : s + columns.width].any()]
         if found != [head]:
             raise AdapterError(f"perturbing sink {head} moved heads {found}, not [{head}]")
@@ -461,8 +347,3 @@ def _sinks(model: nn.Module, attention: AttentionLayout, loud: int | None) -> It
         yield
     finally:
         owner._parameters[name] = before
-
-
-def _projection_of(partition: Partition) -> str:
-    """The module whose output is the projection's: PEFT adds to the plain layer's."""
-    return partition.module.partition(".base_layer")[0]
