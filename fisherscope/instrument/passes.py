@@ -23,7 +23,7 @@ from fisherscope.store import SegmentWriter
 
 
 class BatchPass:
-    """Runs batches of one model; to be used inside :func:`~fisherscope.instrument.hooks.prepared`.
+    """Runs batches of one model; to be used inside :func:`~fisherscope.instrument.prepared.prepared`.
 
     Attributes:
         dtype: in which rules multiply.
@@ -79,7 +79,7 @@ class BatchPass:
         with self._tap.attached(*batch.input_ids.shape):
             losses = self._objective(self._model, batch)
             check_losses(losses, self._model, self._objective, batch)
-            losses.sum().backward()  # type: ignore[no-untyped-call]
+            self._tap.backward(losses.sum())
         for name in self._context.parameters.keys() - self._emitted:
             # not on the path from the input to the loss: its gradient is zero, and that is a value
             parameter = self._context.parameters[name]

@@ -26,10 +26,10 @@ from fisherscope.instrument.extensions import Extension
 from fisherscope.instrument.extensions.base import Context
 from fisherscope.instrument.guards import nothing_half_written, random_state, refuse_if_disk_is_small
 from fisherscope.instrument.header import make_header
-from fisherscope.instrument.hooks import prepared
 from fisherscope.instrument.objectives import Objective, resolve_objective
 from fisherscope.instrument.options import CollectOptions, ComputeDtype, Durability
 from fisherscope.instrument.passes import BatchPass
+from fisherscope.instrument.prepared import prepared
 from fisherscope.instrument.progress import progress
 from fisherscope.instrument.signals import stop_on_signals
 from fisherscope.instrument.targets import ParameterChoice, select_targets

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fisherscope as fs
-from fisherscope.instrument.hooks import GradientTap, prepared
+from fisherscope.instrument.hooks import GradientTap
+from fisherscope.instrument.prepared import prepared
 from fisherscope.instrument.targets import select_targets
 from fisherscope.linalg import PerSampleGradient
 from tests import models
@@ -103,8 +104,9 @@ def test_gradients_of_an_image_model_equal_the_loop() -> None:
     def keep(name: str, gradient: PerSampleGradient) -> None:
         found[name] = gradient.dense()
 
-    with prepared(model), GradientTap(targets, keep, torch.float32).attached(4, 5):
-        F.cross_entropy(model(pixel_values=images).logits, classes, reduction="sum").backward()
+    tap = GradientTap(targets, keep, torch.float32)
+    with prepared(model), tap.attached(4, 5):
+        tap.backward(F.cross_entropy(model(pixel_values=images).logits, classes, reduction="sum"))
     assert set(found) == set(targets.parameters)
     for i in range(4):
         model.zero_grad()

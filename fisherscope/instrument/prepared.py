@@ -1,0 +1,85 @@
+"""A model made ready for collection, and left as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fisherscope.adapters.injected import plain_layer
+from fisherscope.adapters.unwrap import uncompiled
+
+
+@contextmanager
+def prepared(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, frozen parameters and a graph that starts at the embedding output.
+
+    Frozen parameters keep autograd from forming the weight-gradient products which the rules form anyway,
+    and from touching ``.grad``. Modes and ``requires_grad`` are restored on any exit.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+
+    def start_graph(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and not output.requires_grad:
+            output.requires_grad_()
+        return output
+
+    handles = [module.register_forward_hook(start_graph) for module in _token_embeddings(model)]
+    try:
+        model.eval()
+        for parameter, _ in frozen:
+            parameter.requires_grad_(False)
+        with uncompiled(model), _checkpointed(model), torch.inference_mode(mode=False), torch.enable_grad():
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes:
+            module.training = training
+        for parameter, requires_grad in frozen:
+            parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
+def _checkpointed(model: nn.Module) -> Iterator[None]:
+    """Gradient checkpointing where the user has enabled it: transformers leaves it out in evaluation mode."""
+    layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    layers = [layer for layer in layers if hasattr(layer, "_gradient_checkpointing_func")]
+    changed: list[nn.Module] = []
+    try:
+        for layer in layers:
+            if "forward" not in vars(layer) and _is_checkpointed_by_itself(layer):
+                layer.forward = _checkpointed_forward(layer)
+                changed.append(layer)
+        yield
+    finally:
+        for layer in changed:
+            del layer.forward
+
+
+def _is_checkpointed_by_itself(layer: nn.Module) -> bool:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return isinstance(layer, GradientCheckpointingLayer)
+
+
+def _checkpointed_forward(layer: nn.Module) -> Callable[..., Any]:
+    forward, checkpoint = layer.forward, layer._gradient_checkpointing_func
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(partial(forward, **kwargs), *args)  # type: ignore[operator]
+
+    return run
+
+
+def _token_embeddings(model: nn.Module) -> list[nn.Module]:
+    """The embedding of the input, and others with its weight: T5's encoder and decoder have one each."""
+    embeddings: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    shared = getattr(plain_layer(embeddings), "weight", None)
+    same = (m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is shared)
+    return list(dict.fromkeys([embeddings, *same]))
