@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fisherscope.adapters import register_adapter
     from fisherscope.analyses import AnalyzeConfig, register_analysis
-    from fisherscope.instrument.extensions import Fisher, SampleGradients, register_extension
+    from fisherscope.instrument.extensions import ExactPerToken, Fisher, SampleGradients, register_extension
+    from fisherscope.instrument.objectives import Objective, Predictions
     from fisherscope.instrument.rules import register_rule
     from fisherscope.instrument.scope import Scope, wrap
     from fisherscope.report import Report, analyze
@@ -25,7 +26,10 @@ if TYPE_CHECKING:
 _HOMES = {
     "AnalyzeConfig": "fisherscope.analyses",
     "ContributionStore": "fisherscope.store",
+    "ExactPerToken": "fisherscope.instrument.extensions",
     "Fisher": "fisherscope.instrument.extensions",
+    "Objective": "fisherscope.instrument.objectives",
+    "Predictions": "fisherscope.instrument.objectives",
     "Report": "fisherscope.report",
     "SampleGradients": "fisherscope.instrument.extensions",
     "Scope": "fisherscope.instrument.scope",
@@ -43,7 +47,10 @@ _HOMES = {
 __all__ = [
     "AnalyzeConfig",
     "ContributionStore",
+    "ExactPerToken",
     "Fisher",
+    "Objective",
+    "Predictions",
     "Report",
     "SampleGradients",
     "Scope",

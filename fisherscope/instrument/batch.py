@@ -26,18 +26,27 @@ class Batch:
     Attributes:
         task: name of the task.
         rows: row numbers in the task.
-        input_ids, attention_mask, position_ids, labels: int64 ``[n, T]``; labels are -100 where there is
-            no loss and at padding.
-        tokens: T_i, labels that bear loss after the causal shift, ``[n]`` int64.
+        keys: identities of the samples.
+        input_ids, attention_mask, position_ids: int64 ``[n, T]``; T is 0 for images.
+        labels: int64 ``[n, L]``, -100 where there is no loss and at padding. L is T where labels stand
+            beside positions, otherwise the number of labels of a sample or of target tokens.
+        tokens: T_i, labels that bear loss (after the causal shift, where there is one), ``[n]`` int64.
+        positions: attended positions of the longest sample.
+        token_types: int64 ``[n, T]``, where samples are pairs of texts.
+        pixels: float32 ``[n, channels, height, width]``, where samples are images.
     """
 
     task: str
     rows: tuple[int, ...]
+    keys: tuple[str, ...]
     input_ids: Tensor
     attention_mask: Tensor
     position_ids: Tensor
     labels: Tensor
     tokens: Tensor
+    positions: int
+    token_types: Tensor | None = None
+    pixels: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -106,18 +115,36 @@ def make_batch(
         device: where the batch is put.
     """
     chosen = [samples[row] for row in rows]
-    width = max(sample.length for sample in chosen)
-    shape = (len(chosen), width)
-    ids = torch.full(shape, pad_id, dtype=torch.long)
-    labels = torch.full(shape, IGNORE, dtype=torch.long)
-    mask = torch.zeros(shape, dtype=torch.long)
-    for i, sample in enumerate(chosen):
-        span = slice(0, sample.length) if side == "right" else slice(width - sample.length, width)
-        ids[i, span] = torch.tensor(sample.input_ids)
-        labels[i, span] = torch.tensor(sample.labels)
+    ids = _padded([sample.input_ids for sample in chosen], pad_id, side)
+    mask = _padded([(1,) * len(sample.input_ids) for sample in chosen], 0, side)
+    beside = chosen[0].labelling in {"next", "position"}
+    labels = _padded([sample.labels for sample in chosen], IGNORE, side if beside else "right")
+    if chosen[0].labelling == "next":
         # the first real token is predicted by nothing; after left padding it would be by a pad
-        labels[i, span.start] = IGNORE
-        mask[i, span] = 1
-    positions = (mask.cumsum(1) - 1).clamp_min(0)
-    tokens = torch.tensor([sample.tokens for sample in chosen])
-    return Batch(task, tuple(rows), *(t.to(device) for t in (ids, mask, positions, labels, tokens)))
+        labels[mask.cumsum(1) == 1] = IGNORE
+    types = None
+    if any(sample.token_types is not None for sample in chosen):
+        types = _padded([s.token_types or (0,) * len(s.input_ids) for s in chosen], 0, side).to(device)
+    images = [sample.pixels for sample in chosen if sample.pixels is not None]
+    return Batch(
+        task=task,
+        rows=tuple(rows),
+        keys=tuple(sample.key for sample in chosen),
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
+        position_ids=(mask.cumsum(1) - 1).clamp_min(0).to(device),
+        labels=labels.to(device),
+        tokens=torch.tensor([sample.tokens for sample in chosen], device=device),
+        positions=max(sample.length for sample in chosen),
+        token_types=types,
+        pixels=torch.stack(images).to(device) if images else None,
+    )
+
+
+def _padded(rows: Sequence[Sequence[int]], value: int, side: Literal["left", "right"]) -> Tensor:
+    width = max(map(len, rows))
+    out = torch.full((len(rows), width), value, dtype=torch.long)
+    for i, row in enumerate(rows):
+        start = 0 if side == "right" else width - len(row)
+        out[i, start : start + len(row)] = torch.tensor(row, dtype=torch.long)
+    return out

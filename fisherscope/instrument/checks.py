@@ -138,5 +138,5 @@ def _first_non_finite_module(model: nn.Module, objective: Objective, batch: Batc
         for name, module in model.named_modules():
             if name:
                 stack.callback(module.register_forward_hook(watch(name)).remove)
-        objective(model, batch)
+        objective.predict(model, batch)
     return found[0] if found else "none (the loss itself overflows)"

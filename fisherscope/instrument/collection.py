@@ -126,7 +126,7 @@ class Collection:
     def _collectors(self, plan: TaskPlan) -> tuple[list[Collector], set[int]]:
         """Collectors for a task, with the state of its last snapshot, and the batches which that covers."""
         # group values go last: extensions before them may fill their sinks in the shared pass
-        collectors: list[Collector] = [extension.collector(self.context) for extension in self.extensions]
+        collectors = [c for extension in self.extensions for c in extension.collectors(self.context)]
         collectors.append(GroupValues(self.context))
         snapshot = self.writer.load_snapshot(plan.name)
         if snapshot is None:
@@ -148,6 +148,16 @@ class Collection:
         if group:
             yield group
 
+    def _lengths(self, plan: TaskPlan, rows: Sequence[int]) -> dict[str, list[int]]:
+        """How many entries each sample has of what samples have differently many of."""
+        samples = [plan.samples[row] for row in rows]
+        lengths = {"ids": [len(s.input_ids) for s in samples], "labels": [len(s.labels) for s in samples]}
+        if any(s.token_types is not None for s in plan.samples):
+            lengths["types"] = [len(s.token_types or ()) for s in samples]
+        if self.store_text:
+            lengths["text"] = [len((s.text or "").encode()) for s in samples]
+        return lengths
+
     def _run_segment(self, plan: TaskPlan, group: Sequence[int], collectors: Sequence[Collector]) -> int:
         """Run and commit some batches; fewer than asked when a signal arrives.
 
@@ -155,11 +165,7 @@ class Collection:
             Batches done.
         """
         rows = [row for b in group for row in plan.batches[b]]
-        texts = [(plan.samples[row].text or "").encode() for row in rows]
-        ragged = {"ids": [plan.samples[row].length for row in rows]}
-        if self.store_text:
-            ragged["text"] = [len(text) for text in texts]
-        segment = self.writer.segment(plan.name, rows, ragged=ragged)
+        segment = self.writer.segment(plan.name, rows, ragged=self._lengths(plan, rows))
         start = done = 0
         try:
             for b in group:
@@ -197,7 +203,10 @@ class Collection:
             segment.put("sample/truncated", start, np.array([s.truncated for s in samples], dtype=np.int32))
             segment.put("sample/loss", start, losses.numpy())
             segment.put_ragged("ids/input", start, [np.array(s.input_ids, dtype=np.int32) for s in samples])
-            segment.put_ragged("ids/labels", start, [np.array(s.labels, dtype=np.int32) for s in samples])
+            segment.put_ragged("labels/ids", start, [np.array(s.labels, dtype=np.int32) for s in samples])
+            if any(s.token_types is not None for s in plan.samples):
+                types = [np.array(s.token_types or (), dtype=np.int32) for s in samples]
+                segment.put_ragged("types/ids", start, types)
             if self.store_text:
                 texts = [np.frombuffer((s.text or "").encode(), dtype=np.uint8) for s in samples]
                 segment.put_ragged("text/bytes", start, texts)

@@ -61,6 +61,7 @@ def estimate_bytes(
         gradient_parameters,
         gradient_dtype,
         mean_tokens=sum(sample.length for sample in every) / max(count, 1),
+        mean_labels=sum(len(sample.labels) for sample in every) / max(count, 1),
         mean_text_bytes=sum(len((s.text or "").encode()) for s in every) / max(count, 1) * store_text,
     )
     snapshot = int(

@@ -10,7 +10,7 @@ import torch
 
 from fisherscope.instrument.batch import BatchSize
 from fisherscope.instrument.extensions import Extension, Fisher, SampleGradients, resolve_extensions
-from fisherscope.instrument.objectives import Objective
+from fisherscope.instrument.objectives import Objective, Predict
 
 ComputeDtype = Literal["float32", "float64", "bfloat16"]
 Durability = Literal["power", "process", "none"]
@@ -21,7 +21,7 @@ class CollectOptions:
     """How a collection runs; see :meth:`fisherscope.instrument.scope.Scope.collect`."""
 
     extensions: Sequence[str | Extension] = ("fisher", "sample_gradients")
-    objective: str | Objective = "auto"
+    objective: str | Objective | Predict = "auto"
     max_length: int | None = None
     max_samples: int | None = None
     batch_size: BatchSize = "auto"
@@ -71,6 +71,12 @@ class CollectOptions:
             self.compute_dtype
         ]
 
+    @property
+    def is_random(self) -> bool:
+        """Whether gradients depend on the seed: sampled labels, and perhaps objectives of the user's own."""
+        sampled = self.fisher is not None and "sampled" in self.fisher.labels
+        return sampled or not isinstance(self.objective, str)
+
     def identity(self) -> dict[str, Any]:
         """What of the options identifies a run, as JSON data."""
         return {
@@ -80,6 +86,5 @@ class CollectOptions:
             "compute_dtype": self.compute_dtype,
             "store_text": self.store_text,
             "deterministic": self.deterministic,
-            # only an objective of the user's own can be random
-            "seed": self.seed if callable(self.objective) else None,
+            "seed": self.seed if self.is_random else None,
         }

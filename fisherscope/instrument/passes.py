@@ -1,4 +1,7 @@
-"""One batch: a forward pass, one backward pass, and every quantity of every parameter."""
+"""One batch: a forward pass, one backward pass, and every quantity of every parameter.
+
+Only quantities of other labels than the data's take further backward passes.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from fisherscope.adapters.modules import output_axis
+from fisherscope.errors import FisherscopeError
 from fisherscope.instrument.batch import Batch
 from fisherscope.instrument.checks import check_losses
 from fisherscope.instrument.emission import Emission, Sinks
 from fisherscope.instrument.extensions.base import Collector, Context
 from fisherscope.instrument.hooks import GradientTap
-from fisherscope.instrument.objectives import Objective
+from fisherscope.instrument.label_sources import draws
+from fisherscope.instrument.objectives import Objective, Predictions
 from fisherscope.instrument.reference import group_squares
 from fisherscope.instrument.targets import Targets
 from fisherscope.layout import GroupTable
@@ -36,8 +41,11 @@ class BatchPass:
         objective: Objective,
         context: Context,
         compute_dtype: torch.dtype,
+        *,
+        seed: int = 0,
     ) -> None:
         """Nothing is hooked before :meth:`run`."""
+        self._seed = seed
         self._model = model
         self._objective = objective
         self._context = context
@@ -70,23 +78,52 @@ class BatchPass:
         Returns:
             Losses L_i, ``[n]`` float64 on the CPU.
         """
-        self._batch, self._collectors = batch, collectors
+        self._batch = batch
         self._segment, self._start = segment, start
-        self._factors = torch.from_numpy(factors(batch.tokens.cpu(), self._context.normalization)).float()
-        self._emitted.clear()
+        by_data = [collector for collector in collectors if collector.labels == "data"]
+        others = [collector for collector in collectors if collector.labels != "data"]
         for collector in collectors:
             collector.begin(len(batch))
-        with self._tap.attached(*batch.input_ids.shape):
-            losses = self._objective(self._model, batch)
+        with self._tap.attached(len(batch), batch.positions):
+            found = self._objective.predict(self._model, batch)
+            losses = found.losses(len(batch)) if isinstance(found, Predictions) else found
             check_losses(losses, self._model, self._objective, batch)
-            self._tap.backward(losses.sum())
-        for name in self._context.parameters.keys() - self._emitted:
-            # not on the path from the input to the loss: its gradient is zero, and that is a value
-            parameter = self._context.parameters[name]
-            self._emit(name, Dense(torch.zeros(len(batch), *parameter.shape, device=parameter.device)))
+            self._backward(losses, by_data, self._normalization(batch), keep_graph=bool(others))
+            for collector in others:
+                self._further_passes(collector, found, batch)
         for collector in collectors:
             collector.end(segment, start)
         return losses.detach().double().cpu()
+
+    def _further_passes(self, collector: Collector, found: Predictions | Tensor, batch: Batch) -> None:
+        """The backward passes of one label source, over the graph that there is."""
+        if not isinstance(found, Predictions):
+            raise FisherscopeError(
+                f"labels={collector.labels!r} needs to know what the model predicts: let the objective return "
+                "a fisherscope.Predictions in place of losses"
+            )
+        normalization = self._normalization(batch)
+        per_token = torch.from_numpy(factors(batch.tokens.cpu(), "per_token")).float()
+        for draw in draws(collector.labels, found, batch, count=collector.draws, seed=self._seed):
+            weights = per_token if draw.weight is None else normalization * draw.weight**0.5
+            self._backward(draw.losses, [collector], weights, keep_graph=True)
+
+    def _backward(
+        self, losses: Tensor, collectors: Sequence[Collector], weights: Tensor, *, keep_graph: bool
+    ) -> None:
+        """One backward pass for some collectors, with ``h_i = weights_i g_i``."""
+        assert self._batch is not None
+        self._collectors, self._factors = collectors, weights
+        self._emitted.clear()
+        self._tap.backward(losses.sum(), keep_graph=keep_graph)
+        for name in self._context.parameters.keys() - self._emitted:
+            # not on the path from the input to the loss: its gradient is zero, and that is a value
+            parameter = self._context.parameters[name]
+            zeros = torch.zeros(len(self._batch), *parameter.shape, device=parameter.device)
+            self._emit(name, Dense(zeros))
+
+    def _normalization(self, batch: Batch) -> Tensor:
+        return torch.from_numpy(factors(batch.tokens.cpu(), self._context.normalization)).float()
 
     def by_autograd(self, batch: Batch) -> Tensor:
         """``sum g ** 2`` of each group for a batch of one sample, ``[groups]``, by an ordinary backward."""

@@ -47,7 +47,7 @@ def group_squares(
 
             handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
             stack.callback(handle.remove)
-        objective(model, batch).sum().backward()  # type: ignore[no-untyped-call]
+        objective.losses(model, batch).sum().backward()  # type: ignore[no-untyped-call]
     return squares
 
 

@@ -26,7 +26,7 @@ from fisherscope.instrument.extensions import Extension
 from fisherscope.instrument.extensions.base import Context
 from fisherscope.instrument.guards import nothing_half_written, random_state, refuse_if_disk_is_small
 from fisherscope.instrument.header import make_header
-from fisherscope.instrument.objectives import Objective, resolve_objective
+from fisherscope.instrument.objectives import Objective, Predict, resolve_objective
 from fisherscope.instrument.options import CollectOptions, ComputeDtype, Durability
 from fisherscope.instrument.passes import BatchPass
 from fisherscope.instrument.prepared import prepared
@@ -136,7 +136,8 @@ class Scope:
             **options: other options of :meth:`collect` that change sizes (``max_samples``, ``max_length``).
         """
         chosen = CollectOptions(extensions=extensions, **options)
-        return self._estimate(self._prepare(tasks, chosen), chosen)
+        objective = resolve_objective(chosen.objective, self.model)
+        return self._estimate(self._prepare(tasks, chosen, objective), chosen)
 
     def collect(
         self,
@@ -144,7 +145,7 @@ class Scope:
         out: str | Path,
         *,
         extensions: Sequence[str | Extension] = ("fisher", "sample_gradients"),
-        objective: str | Objective = "auto",
+        objective: str | Objective | Predict = "auto",
         max_length: int | None = None,
         max_samples: int | None = None,
         batch_size: BatchSize = "auto",
@@ -163,12 +164,16 @@ class Scope:
 
         Args:
             tasks: name -> rows. A row is a string, a dict (``{"text"}``, ``{"prompt", "completion"}``,
-                ``{"messages"}``, ``{"input_ids", "labels"}``) or token ids; rows may come as a list, a
-                ``datasets.Dataset``, a DataLoader of batches, or the path of a JSONL file.
+                ``{"messages"}``, ``{"input_ids", "labels"}``) or token ids; for classification a ``label``
+                goes with ``text`` or ``input_ids`` (or ``pixel_values``), for encoder-decoders a ``target``.
+                Rows may come as a list, a ``datasets.Dataset``, a DataLoader of batches, or the path of a
+                JSONL file.
             out: directory of the store, such as "run.fs".
             extensions: quantities to collect, names or objects such as ``Fisher(shape="groups")``.
                 Group values per sample are always collected.
-            objective: "auto", "causal_lm", or a function ``loss(model, batch) -> [n]`` of summed losses.
+            objective: "auto" (what the model's head is for), "causal_lm", "masked_lm", "seq2seq",
+                "sequence_classification", "token_classification", "image_classification", or a function
+                ``loss(model, batch) -> [n]`` of summed losses (or of :class:`fisherscope.Predictions`).
             max_length: longer rows are cut on the right, and counted.
             max_samples: take the first so many rows of each task.
             batch_size: samples per batch, or "auto": a fixed budget of padded positions.
@@ -177,7 +182,7 @@ class Scope:
             durability: "power" survives power loss, "process" survives kill -9, "none" promises nothing.
             deterministic: use deterministic algorithms only.
             resume: False refuses to continue an existing store.
-            seed: of the random state that objectives see.
+            seed: of sampled labels, of masks, and of the random state that objectives see.
             quiet: no progress.
 
         Returns:
@@ -205,10 +210,11 @@ class Scope:
             quiet=quiet,
         )
         path = Path(out)
-        samples = self._prepare(tasks, options)
+        chosen = resolve_objective(options.objective, self.model)
+        samples = self._prepare(tasks, options, chosen)
         plans = self._plan(samples, options)
-        objective_name, function = resolve_objective(options.objective)
-        header = self._header(options, objective_name)
+        side = self._pad_side(chosen)
+        header = self._header(options, chosen, side)
         estimate = self._estimate(samples, options)
         refuse_if_disk_is_small(estimate, path)
         with nothing_half_written(path), ExitStack() as stack:
@@ -224,12 +230,14 @@ class Scope:
             context = self._context(options, header)
             writer.constants({"groups/theta_square": self._theta_square(context.groups)})
             Collection(
-                batch_pass=BatchPass(self.model, self._targets, function, context, options.torch_dtype),
+                batch_pass=BatchPass(
+                    self.model, self._targets, chosen, context, options.torch_dtype, seed=options.seed
+                ),
                 context=context,
                 extensions=options.resolved,
                 writer=writer,
                 pad_id=self._pad_id(),
-                pad_side=self._pad_side(),
+                pad_side=side,
                 store_text=options.store_text,
                 row_bytes=estimate.bytes_per_sample,
                 stop=stop,
@@ -238,11 +246,14 @@ class Scope:
             ).run(plans)
         return open_store(path)
 
-    def _prepare(self, tasks: Tasks, options: CollectOptions) -> dict[str, list[Sample]]:
+    def _prepare(
+        self, tasks: Tasks, options: CollectOptions, objective: Objective
+    ) -> dict[str, list[Sample]]:
         """Every sample of every task, checked before anything is written."""
         if not isinstance(tasks, Mapping) or not tasks:
             raise DataError('no tasks: pass a mapping from name to rows, such as {"math": rows}')
-        vocabulary = self._token_embeddings().num_embeddings
+        config: Any = self.model.config
+        vocabulary = getattr(self._token_embeddings(), "num_embeddings", None)
         prepared_tasks = {}
         for name, rows in tasks.items():
             if not isinstance(name, str) or not _TASK_NAME.fullmatch(name):
@@ -254,9 +265,14 @@ class Scope:
                 name,
                 source,
                 self.tokenizer,
+                encode=objective.encode,
+                labelling=objective.labelling,
+                config=config,
+                seed=options.seed,
                 max_length=options.max_length,
                 max_samples=options.max_samples,
                 vocab_size=vocabulary,
+                classes=config.num_labels if objective.label_range == "classes" else None,
                 max_positions=self._max_positions(),
             )
             if len(prepared_tasks[name]) == 1:
@@ -284,7 +300,9 @@ class Scope:
             device=self._device_and_dtype()[0],
         )
 
-    def _header(self, options: CollectOptions, objective_name: str) -> StoreHeader:
+    def _header(
+        self, options: CollectOptions, objective: Objective, side: Literal["left", "right"]
+    ) -> StoreHeader:
         device, dtype = self._device_and_dtype()
         return make_header(
             self.model,
@@ -292,8 +310,8 @@ class Scope:
             self.layout,
             self.parameters,
             options,
-            objective=objective_name,
-            pad_side=self._pad_side(),
+            objective=objective.name,
+            pad_side=side,
             device=device,
             dtype=dtype,
         )
@@ -324,13 +342,13 @@ class Scope:
 
     def _max_positions(self) -> int | None:
         """How long a row may be, where positions are learned; None where they are computed."""
-        limit = getattr(self.model.config, "max_position_embeddings", None)
+        limit: int | None = getattr(self.model.config, "max_position_embeddings", None)
         tokens = self._token_embeddings()
-        learned = any(
-            isinstance(module, nn.Embedding) and module is not tokens and module.num_embeddings == limit
-            for module in self.model.modules()
-        )
-        return limit if learned else None
+        for module in self.model.modules():
+            if isinstance(module, nn.Embedding) and module is not tokens and module.num_embeddings == limit:
+                # RoBERTa counts positions from behind its padding index
+                return limit - (0 if module.padding_idx is None else module.padding_idx + 1)
+        return None
 
     def _pad_id(self) -> int:
         """Any id serves: pads are masked and bear no loss. A tokenizer without pad token is no problem."""
@@ -340,12 +358,15 @@ class Scope:
                 return pad
         return 0
 
-    def _pad_side(self) -> Literal["left", "right"]:
+    def _pad_side(self, objective: Objective) -> Literal["left", "right"]:
+        """Only models that are told their positions may be padded on the left."""
+        if objective.labelling != "next":
+            return "right"
         return "left" if getattr(self.tokenizer, "padding_side", "right") == "left" else "right"
 
     def _token_embeddings(self) -> Any:
         return plain_layer(self.model.get_input_embeddings())  # type: ignore[operator]
 
     def _device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
-        weight = self._token_embeddings().weight
+        weight = next(self._token_embeddings().parameters())
         return weight.device, weight.dtype

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fisherscope.errors import CorruptStoreError, NotStoredError, StoreError
 from fisherscope.layout import ParameterSlice
+from fisherscope.linalg import Moments
 from fisherscope.store import journal
 from fisherscope.store.dtypes import to_tensor
 from fisherscope.store.index import TaskIndex
@@ -113,11 +114,34 @@ def _what_to_collect(store: ContributionStore, name: str) -> str:
             "extensions=(Fisher(shape='full'), ...)"
         )
     if name.startswith("fisher/"):
-        labels = name.split("/")[1]
-        return (
-            f"{store.path} holds no Fisher for labels={labels!r}: only that of the data's labels is collected"
-        )
+        return f"{store.path} holds no Fisher {_extension_for(name.split('/')[1])}"
+    if name.startswith("moments/"):
+        return f"{store.path} holds no group values {_extension_for(name.split('/')[1])}"
     return f"{store.path} holds no aggregate {name!r}: collect again with the extension that emits it"
+
+
+def _extension_for(labels: str) -> str:
+    wanted = "ExactPerToken()" if labels == "exact_per_token" else f"Fisher(labels=('data', {labels!r}))"
+    return f"of labels={labels!r}: collect again with extensions=({wanted}, ...)"
+
+
+def moments(store: ContributionStore, index: TaskIndex, labels: str) -> Moments:
+    """Moments of the group contributions under other labels than the data's, merged in order of rank.
+
+    Raises:
+        NotStoredError: they were not collected.
+    """
+    names = {part: escape_path(f"moments/{labels}/{part}") for part in ("count", "mean", "m2")}
+    merged = Moments.empty(len(store.header.groups))
+    if not index.snapshots:
+        total(store, index, names["count"])
+    for snapshot in index.snapshots:
+        shard = store.shard(snapshot.shard)
+        if names["mean"] not in shard:
+            raise NotStoredError(_what_to_collect(store, f"moments/{labels}"))
+        count, mean, m2 = (_array(shard, name, None, None).numpy() for name in names.values())
+        merged = merged.merge(Moments(int(count[0]), mean, m2))
+    return merged
 
 
 def constants(store: ContributionStore, records: Sequence[ConstantsRecord]) -> dict[str, NDArray[Any]]:

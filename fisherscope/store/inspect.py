@@ -16,6 +16,8 @@ from fisherscope.store.schema import FORMAT, FORMAT_VERSION, HEADER_FILE, JOURNA
 _KINDS = {
     "sample": "samples",
     "ids": "tokens",
+    "labels": "tokens",
+    "types": "tokens",
     "text": "text",
     "groups": "groups",
     "gradients": "gradients",

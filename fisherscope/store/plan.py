@@ -20,7 +20,12 @@ SAMPLE_COLUMNS = {
     "sample/loss": "float64",
     "sample/truncated": "int32",
 }
-RAGGED = {"ids": {"ids/input": "int32", "ids/labels": "int32"}, "text": {"text/bytes": "uint8"}}
+RAGGED = {
+    "ids": {"ids/input": "int32"},
+    "labels": {"labels/ids": "int32"},
+    "types": {"types/ids": "int32"},
+    "text": {"text/bytes": "uint8"},
+}
 GROUP_COLUMNS = ("groups/square", "groups/dot")
 
 

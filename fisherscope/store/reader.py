@@ -222,6 +222,12 @@ class ContributionStore:
 
         Covers the samples of the last snapshots: :meth:`fisher_count` says how many.
 
+        Args:
+            task: the task.
+            parameter: an instrumented parameter.
+            labels: "data" (empirical), "sampled" or "exact" (of the model's own predictions), or
+                "exact_per_token" (the data's labels, each its own unit).
+
         Returns:
             ``[*shape]``, float32.
 
@@ -282,15 +288,19 @@ class ContributionStore:
         """Arrays that hold for the whole store, such as ``groups/theta_square``."""
         return aggregates.constants(self, [r.constants for r in self._ledgers if r.constants])
 
-    def groups(self, task: str) -> pd.DataFrame:
+    def groups(self, task: str, labels: str = "data") -> pd.DataFrame:
         """Contributions per group, over all committed samples of a task, in float64.
+
+        Args:
+            task: the task.
+            labels: "data", or another label source that was collected; then as of the last snapshots.
 
         Returns:
             Columns kind, stack, layer, block, index, part, parameter, size; count (samples); sum (mean over
             samples of the group's sum of C_i); mean (sum / size); variance (unbiased, over samples, of the
             group's mean C_i); theta_square (sum of squared parameters, NaN if it was not stored).
         """
-        return tables.groups(self, self._task(task))
+        return tables.groups(self, self._task(task), labels)
 
     def group_values(self, task: str, samples: Samples = None) -> xr.Dataset:
         """Per sample and group ``square`` = sum g^2 and ``dot`` = <g, theta>, of the raw gradients g_i.

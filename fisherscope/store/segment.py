@@ -102,7 +102,7 @@ class SegmentWriter:
         """Write some rows of a ragged dataset.
 
         Args:
-            dataset: one of ``ids/input``, ``ids/labels``, ``text/bytes``.
+            dataset: one of ``ids/input``, ``labels/ids``, ``text/bytes``.
             start_row: position in the segment of the first row.
             array: one array (or bytes) per row, or their values one after the other.
 

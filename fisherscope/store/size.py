@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from fisherscope.layout import GroupTable, ModelLayout
 from fisherscope.store.dtypes import gradient_dtype, stored_type
-from fisherscope.store.plan import GROUP_COLUMNS, RAGGED, SAMPLE_COLUMNS
+from fisherscope.store.plan import GROUP_COLUMNS, SAMPLE_COLUMNS
 
 
 def bytes_per_sample(
@@ -17,6 +17,7 @@ def bytes_per_sample(
     dtype: str = "bfloat16",
     mean_tokens: float = 0.0,
     mean_text_bytes: float = 0.0,
+    mean_labels: float | None = None,
 ) -> dict[str, float]:
     """Bytes that one sample takes in segments, up to page padding and file metadata (below 1 % of a shard).
 
@@ -27,17 +28,18 @@ def bytes_per_sample(
         dtype: of stored gradients.
         mean_tokens: ids per sample.
         mean_text_bytes: bytes of text per sample; 0 where texts are not stored.
+        mean_labels: labels per sample; by default as many as ids.
 
     Returns:
         ``samples`` (columns and offsets), ``tokens``, ``text``, ``groups``, ``gradients`` and ``total``.
     """
     groups = len(GroupTable.build(layout, parameters))
     entries = sum(math.prod(layout.parameter(name).shape) for name in set(gradient_parameters))
-    offsets = stored_type("int64").itemsize * (1 + (mean_text_bytes > 0))
-    ids = sum(stored_type(kind).itemsize for kind in RAGGED["ids"].values())
+    offsets = stored_type("int64").itemsize * (2 + (mean_text_bytes > 0))
+    entries_of_text = mean_tokens + (mean_tokens if mean_labels is None else mean_labels)
     parts = {
         "samples": float(sum(stored_type(kind).itemsize for kind in SAMPLE_COLUMNS.values()) + offsets),
-        "tokens": float(ids * mean_tokens),
+        "tokens": float(stored_type("int32").itemsize * entries_of_text),
         "text": float(mean_text_bytes),
         "groups": float(len(GROUP_COLUMNS) * stored_type("float32").itemsize * groups),
         "gradients": float(stored_type(gradient_dtype(dtype)).itemsize * entries),

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from fisherscope.errors import CorruptStoreError, NotStoredError
 from fisherscope.linalg import Moments
 from fisherscope.linalg.normalization import factors
+from fisherscope.store import aggregates
 from fisherscope.store.index import Chunk, TaskIndex
 from fisherscope.store.plan import SAMPLE_COLUMNS
 
@@ -101,7 +102,7 @@ def token_ids(
     if "ids/input" not in store.shard(chunk.segment.shard):
         raise NotStoredError(f"{store.path} holds no token ids: collect again")
     (ids,) = ragged(store, chunk, "ids", "ids/input", "int32")
-    (labels,) = ragged(store, chunk, "ids", "ids/labels", "int32")
+    (labels,) = ragged(store, chunk, "labels", "labels/ids", "int32")
     return ids, labels
 
 
@@ -129,16 +130,10 @@ def group_contributions(store: ContributionStore, index: TaskIndex) -> NDArray[n
     return np.multiply(squares, squared_factors(store, index)[:, None], dtype=np.float64)
 
 
-def groups(store: ContributionStore, index: TaskIndex) -> pd.DataFrame:
-    """The table of :meth:`ContributionStore.groups`; rows of a task are read in order, in bounded pieces."""
+def groups(store: ContributionStore, index: TaskIndex, labels: str) -> pd.DataFrame:
+    """The table of :meth:`ContributionStore.groups`."""
     frame = store.header.groups.frame()
-    factors = squared_factors(store, index)
-    moments = Moments.empty(len(frame))
-    step = max(1, _CHUNK_BYTES // max(8 * len(frame), 1))
-    for start in range(0, len(index), step):
-        chosen = np.arange(start, min(start + step, len(index)))
-        squares = group_rows(store, index, "groups/square", chosen)
-        moments = moments.merge(Moments.of(squares * factors[chosen, None]))
+    moments = _moments(store, index) if labels == "data" else aggregates.moments(store, index, labels)
     size = frame["size"].to_numpy()
     theta = store.constants().get("groups/theta_square")
     if theta is not None and theta.shape != (len(frame),):
@@ -150,6 +145,19 @@ def groups(store: ContributionStore, index: TaskIndex) -> pd.DataFrame:
         variance=moments.variance / size.astype(np.float64) ** 2,
         theta_square=np.nan if theta is None else theta,
     )
+
+
+def _moments(store: ContributionStore, index: TaskIndex) -> Moments:
+    """Of the group contributions; rows of a task are read in order, in bounded pieces."""
+    factors = squared_factors(store, index)
+    width = len(store.header.groups)
+    moments = Moments.empty(width)
+    step = max(1, _CHUNK_BYTES // max(8 * width, 1))
+    for start in range(0, len(index), step):
+        chosen = np.arange(start, min(start + step, len(index)))
+        squares = group_rows(store, index, "groups/square", chosen)
+        moments = moments.merge(Moments.of(squares * factors[chosen, None]))
+    return moments
 
 
 def group_values(store: ContributionStore, index: TaskIndex, chosen: NDArray[np.int64]) -> xr.Dataset:

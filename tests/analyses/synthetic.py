@@ -172,7 +172,8 @@ def _groups(table: GroupTable, values: dict[str, Tensor]) -> np.ndarray:
 def _write_task(writer, name, task, rows, header, table, theta, *, text):
     g = {k: v[:rows] for k, v in task.gradients.items()}
     encoded = [t.encode() for t in task.text[:rows]]
-    ragged = {"ids": [int(n) for n in task.length[:rows]]}
+    lengths = [int(n) for n in task.length[:rows]]
+    ragged = {"ids": lengths, "labels": lengths}
     if text:
         ragged["text"] = [len(t) for t in encoded]
     for first, last in ((0, rows // 2), (rows // 2, rows)):
@@ -188,7 +189,7 @@ def _write_task(writer, name, task, rows, header, table, theta, *, text):
         segment.put("sample/truncated", 0, np.zeros(last - first, np.int32))
         ids = [np.arange(n, dtype=np.int32) for n in task.length[part]]
         segment.put("ids/input", 0, ids)
-        segment.put("ids/labels", 0, ids)
+        segment.put("labels/ids", 0, ids)
         if text:
             segment.put("text/bytes", 0, [np.frombuffer(t, np.uint8) for t in encoded[part]])
         square = _groups(table, {k: v[part].double() ** 2 for k, v in g.items()})

@@ -26,7 +26,7 @@ from fisherscope.errors import (
     StoreFullError,
 )
 from fisherscope.instrument.batch import Batch
-from fisherscope.instrument.objectives import causal_lm
+from fisherscope.instrument.objectives import CAUSAL_LM
 from tests import models
 
 SETTING = next(s for s in models.SETTINGS if s.name == "qwen2")
@@ -198,7 +198,7 @@ def test_an_objective_that_averages_over_the_batch(model: torch.nn.Module, out: 
     """One loss per sample is asked for."""
 
     def mean_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        return causal_lm(model, batch).mean()
+        return CAUSAL_LM.losses(model, batch).mean()
 
     with pytest.raises(FisherscopeError, match="one loss per sample"):
         fs.wrap(model).collect({"a": models.rows(3)}, out, objective=mean_loss, quiet=True)
@@ -208,7 +208,7 @@ def test_samples_that_influence_each_other(model: torch.nn.Module, out: Path) ->
     """A loss that couples the samples of a batch is found and refused."""
 
     def coupled(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        losses = causal_lm(model, batch)
+        losses = CAUSAL_LM.losses(model, batch)
         return losses * losses.mean()
 
     with pytest.raises(CoupledSamplesError, match="a_"):
@@ -235,7 +235,7 @@ def test_the_model_is_left_as_it_was(model: torch.nn.Module, tmp_path: Path) -> 
     random_state = torch.get_rng_state()
 
     def explode(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        causal_lm(model, batch)
+        CAUSAL_LM.losses(model, batch)
         torch.randn(3)
         raise RuntimeError("the user's own")
 
@@ -261,7 +261,7 @@ def test_position_ids_that_ignore_padding_are_found(out: Path) -> None:
 
     def careless(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         positions = torch.arange(batch.input_ids.shape[1]).expand_as(batch.input_ids)
-        return causal_lm(model, replace(batch, position_ids=positions))
+        return CAUSAL_LM.losses(model, replace(batch, position_ids=positions))
 
     data = [{"input_ids": list(range(3, 3 + n))} for n in (5, 5, 5, 5, 6, 9, 12, 20)]
     with pytest.raises(CoupledSamplesError, match="position ids"):
@@ -274,7 +274,7 @@ def test_an_objective_of_ones_own_is_known_by_its_code(model: torch.nn.Module, t
     """Another loss under the same name is another run; the same one resumes."""
 
     def scaled(factor: float) -> Any:
-        return lambda model, batch: factor * causal_lm(model, batch)
+        return lambda model, batch: factor * CAUSAL_LM.losses(model, batch)
 
     scope, data = fs.wrap(model), {"a": models.rows(3)}
     scope.collect(data, tmp_path / "run.fs", objective=scaled(1.0), quiet=True)
@@ -316,7 +316,7 @@ def test_a_weight_that_is_used_around_its_layer_is_found(model: torch.nn.Module,
     projection = model.model.layers[1].mlp.down_proj
 
     def around(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        return causal_lm(model, batch) + projection.weight.square().sum()
+        return CAUSAL_LM.losses(model, batch) + projection.weight.square().sum()
 
     out = tmp_path / "run.fs"
     with pytest.raises(CoverageError, match=r"model\.layers\.1\.mlp\.down_proj.*not what autograd finds"):

@@ -125,6 +125,7 @@ class Run:
     def ragged(self):
         return {
             "ids": [len(ids) for ids in self.ids],
+            "labels": [len(labels) for labels in self.labels],
             "text": [len(text.encode()) for text in self.texts],
         }
 
@@ -140,7 +141,7 @@ class Run:
         segment.put("sample/length", start, [len(self.ids[row]) for row in rows])
         segment.put("sample/truncated", start, np.zeros(len(rows), dtype=np.int64))
         segment.put("ids/input", start, [self.ids[row] for row in rows])
-        segment.put("ids/labels", start, [np.array(self.labels[row]) for row in rows])
+        segment.put("labels/ids", start, [np.array(self.labels[row]) for row in rows])
         segment.put("text/bytes", start, [self.texts[row].encode() for row in rows])
         segment.put("groups/square", start, self.square[rows])
         segment.put("groups/dot", start, self.dot[rows])

@@ -36,7 +36,7 @@ def _flip(path, offset):
         ("groups/dot", lambda s: s.group_values("math")),
         ("sample/loss", lambda s: s.samples("math")),
         ("ids/offsets", lambda s: s.token_ids("math", 3)),
-        ("ids/labels", lambda s: s.token_ids("math", 3)),
+        ("labels/ids", lambda s: s.token_ids("math", 3)),
         ("text/bytes", lambda s: s.samples("math")),
     ],
 )

@@ -245,13 +245,13 @@ def test_committing_no_rows_commits_nothing(small, root):
     assert names(root / "shards") == []
 
 
-@pytest.mark.parametrize("missing", ["h.0.q.bias", "h.0.o.weight", "sample/loss", "ids/labels"])
+@pytest.mark.parametrize("missing", ["h.0.q.bias", "h.0.o.weight", "sample/loss", "labels/ids"])
 def test_commit_refuses_a_segment_with_holes(small, root, missing):
     """What was not put is named; once it is put the segment can be committed."""
     rows = [2, 0]
     with StoreWriter.open(root, small.header) as writer:
         writer.declare_task(small.task, small.keys)
-        ragged = {"ids": [len(small.ids[r]) for r in rows]}
+        ragged = {"ids": [len(small.ids[r]) for r in rows], "labels": [len(small.labels[r]) for r in rows]}
         segment = writer.segment(small.task, rows, ragged=ragged)
         puts = {
             "sample/length": [3, 1],
@@ -261,7 +261,7 @@ def test_commit_refuses_a_segment_with_holes(small, root, missing):
             "groups/square": small.square[rows],
             "groups/dot": small.dot[rows],
             "ids/input": [small.ids[r] for r in rows],
-            "ids/labels": [small.labels[r] for r in rows],
+            "labels/ids": [small.labels[r] for r in rows],
         }
         for name, values in puts.items():
             if name != missing:

@@ -2,6 +2,7 @@
 
 from fisherscope.instrument.data.jsonl import JsonlRow, read_jsonl
 from fisherscope.instrument.data.prepare import prepare_task
-from fisherscope.instrument.data.sample import IGNORED, Sample
+from fisherscope.instrument.data.reading import Encoder, Reading
+from fisherscope.instrument.data.sample import IGNORED, Labelling, Sample
 
-__all__ = ["IGNORED", "JsonlRow", "Sample", "prepare_task", "read_jsonl"]
+__all__ = ["IGNORED", "Encoder", "JsonlRow", "Labelling", "Reading", "Sample", "prepare_task", "read_jsonl"]

@@ -37,8 +37,16 @@ def encode_ids(row: Mapping[str, Any], tokenizer: Any, place: Place) -> Encoded:
         _refuse_unmasked_padding(ids, tokenizer, place)
     if "position_ids" in row:
         _check_positions(row["position_ids"], start, stop, len(ids), place)
+    types = integers(row["token_type_ids"], "token_type_ids", place) if "token_type_ids" in row else None
+    if types is not None and len(types) != len(ids):
+        raise place.error(f"{len(types)} token_type_ids for {len(ids)} input_ids")
     text = row.get("text")
-    return Encoded(ids[start:stop], labels[start:stop], text if isinstance(text, str) else None)
+    return Encoded(
+        ids[start:stop],
+        labels[start:stop],
+        text if isinstance(text, str) else None,
+        None if types is None else types[start:stop],
+    )
 
 
 def _refuse_packing_keys(row: Mapping[str, Any], place: Place) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from fisherscope.errors import DataError
 
 
@@ -26,8 +28,10 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Ids and labels of one row before truncation; ``text`` is None where only ids were given."""
+    """One row before truncation; ``text`` is None where only ids were given, and so are parts it has not."""
 
     input_ids: list[int]
     labels: list[int]
     text: str | None
+    token_types: list[int] | None = None
+    pixels: Tensor | None = None

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from fisherscope.errors import DataError
-from fisherscope.instrument.data.chat import encode_messages
-from fisherscope.instrument.data.ids import encode_ids
+from fisherscope.instrument.data.next_token import encode_next_token
 from fisherscope.instrument.data.place import Encoded, Place
-from fisherscope.instrument.data.rows import ACCEPTED, walk
-from fisherscope.instrument.data.sample import IGNORED, Sample
-from fisherscope.instrument.data.text import encode_completion, encode_text
-from fisherscope.instrument.data.whole_numbers import dimensions
+from fisherscope.instrument.data.reading import Encoder, Reading
+from fisherscope.instrument.data.rows import walk
+from fisherscope.instrument.data.sample import IGNORED, Labelling, Sample
 
 
 def prepare_task(
@@ -23,9 +20,14 @@ def prepare_task(
     rows: Any,
     tokenizer: Any = None,
     *,
+    encode: Encoder = encode_next_token,
+    labelling: Labelling = "next",
+    config: Any = None,
+    seed: int = 0,
     max_length: int | None = None,
     max_samples: int | None = None,
     vocab_size: int | None = None,
+    classes: int | None = None,
     max_positions: int | None = None,
 ) -> list[Sample]:
     """Turn the rows of a task into samples.
@@ -36,9 +38,14 @@ def prepare_task(
             ``input_ids`` (with ``labels`` and ``attention_mask``), of lists or 1-D tensors of ids; a
             ``datasets.Dataset``; or a DataLoader that yields batches of these.
         tokenizer: a transformers tokenizer; needed for rows of text.
+        encode: how a row is read; by default for next-token prediction.
+        labelling: what the labels that it makes stand beside.
+        config: of the model: names of classes, size of patches.
+        seed: of what is drawn at random, such as masks.
         max_length: longer samples are cut at the right, and the number of cut tokens is kept.
         max_samples: only the first so many rows are read.
         vocab_size: number of token ids the model has; ids beyond it are refused.
+        classes: number of classes that labels may name; by default labels are token ids.
         max_positions: the longest sequence the model takes; longer samples are refused.
 
     Returns:
@@ -52,14 +59,16 @@ def prepare_task(
         raise ValueError(f"max_length must be at least 2 (position 0 bears no loss), it is {max_length}")
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"max_samples must be at least 1, it is {max_samples}")
-    limits = _Limits(max_length, vocab_size, max_positions)
+    limits = _Limits(max_length, vocab_size, max_positions, *_label_range(vocab_size, classes))
+    reading = Reading(tokenizer, config, max_length, seed)
     walked = [
-        (place, _sample(row, tokenizer, place, limits))
+        (place, _sample(encode(row, reading, place), labelling, reading, place, limits))
         for place, row in itertools.islice(walk(name, rows), max_samples)
     ]
     if not walked:
         raise DataError(f"task {name!r} is empty; give it at least one row, or leave it out")
     _check_loss(name, walked)
+    _check_images(walked)
     return _told_apart([sample for _, sample in walked])
 
 
@@ -70,28 +79,70 @@ class _Limits:
     length: int | None
     vocabulary: int | None
     positions: int | None
+    labels: int | None
+    kind: Literal["vocabulary", "list of classes"]
 
 
-def _sample(row: Any, tokenizer: Any, place: Place, limits: _Limits) -> Sample:
-    """One row, encoded, checked and truncated."""
-    encoded = _encode(row, tokenizer, place)
+def _label_range(
+    vocabulary: int | None, classes: int | None
+) -> tuple[int | None, Literal["vocabulary", "list of classes"]]:
+    return (vocabulary, "vocabulary") if classes is None else (classes, "list of classes")
+
+
+def _sample(
+    encoded: Encoded, labelling: Labelling, reading: Reading, place: Place, limits: _Limits
+) -> Sample:
+    """One row, checked and truncated."""
     ids, labels, text = encoded.input_ids, encoded.labels, encoded.text
-    if not ids:
+    if not ids and encoded.pixels is None:
         raise place.error("the row has no tokens; remove it")
-    _check_vocabulary("input_ids", ids, limits.vocabulary, place)
-    _check_vocabulary("labels", [label for label in labels if label != IGNORED], limits.vocabulary, place)
-    if text is None and tokenizer is not None:
-        text = str(tokenizer.decode(ids))
+    _check_range("input_ids", ids, limits.vocabulary, "vocabulary", place)
+    bearing = [label for label in labels if label != IGNORED]
+    # the labels of classes that are not exclusive are 0 or 1, and as many as there are classes
+    _check_range("labels", bearing, limits.labels, limits.kind, place)
+    if text is None and ids and hasattr(reading.tokenizer, "decode"):
+        text = str(reading.tokenizer.decode(ids))
     kept = len(ids) if limits.length is None else min(len(ids), limits.length)
     if limits.positions is not None and kept > limits.positions:
         raise place.error(
             f"{kept} tokens, and the model takes {limits.positions}; "
             f"pass max_length={limits.positions} to cut longer samples, or shorten the row"
         )
-    sample = Sample(tuple(ids[:kept]), tuple(labels[:kept]), text, len(ids) - kept)
+    sample = Sample(
+        tuple(ids[:kept]),
+        tuple(labels if labelling == "whole" else labels[: limits.length]),
+        text,
+        len(ids) - kept,
+        labelling=labelling,
+        token_types=None if encoded.token_types is None else tuple(encoded.token_types[:kept]),
+        pixels=encoded.pixels,
+        patches=_patches(encoded, reading.config),
+    )
     if sample.truncated and not sample.tokens:
         _refuse_cut_loss(labels, kept, place)
     return sample
+
+
+def _patches(encoded: Encoded, config: Any) -> int:
+    """Positions that an image takes: its patches and a class token; 1 where the model has no patches."""
+    if encoded.pixels is None:
+        return 0
+    size = getattr(config, "patch_size", None)
+    sides = (size, size) if isinstance(size, int) else tuple(size or ())
+    if len(sides) != 2:
+        return 1
+    height, width = encoded.pixels.shape[1:]
+    return (height // int(sides[0])) * (width // int(sides[1])) + 1
+
+
+def _check_images(walked: list[tuple[Place, Sample]]) -> None:
+    first = walked[0][1].pixels
+    for place, sample in walked:
+        if sample.pixels is not None and first is not None and sample.pixels.shape != first.shape:
+            raise place.error(
+                f"an image of shape {tuple(sample.pixels.shape)} in a task whose first image has "
+                f"{tuple(first.shape)}: resize them alike, as the model's image processor does"
+            )
 
 
 def _refuse_cut_loss(labels: list[int], kept: int, place: Place) -> None:
@@ -104,44 +155,7 @@ def _refuse_cut_loss(labels: list[int], kept: int, place: Place) -> None:
         )
 
 
-def _encode(row: Any, tokenizer: Any, place: Place) -> Encoded:
-    """Ids and labels of a row of any form; the most explicit form wins where keys of several are there."""
-    if isinstance(row, Mapping):
-        if "input_ids" in row:
-            return encode_ids(row, tokenizer, place)
-        if "messages" in row:
-            checked = _needed(tokenizer, place)
-            return encode_messages(checked, row["messages"], row.get("tools"), place)
-        if "prompt" in row and "completion" in row:
-            prompt, completion = _string(row, "prompt", place), _string(row, "completion", place)
-            return encode_completion(_needed(tokenizer, place), prompt, completion, place)
-        if "text" in row and "prompt" not in row and "completion" not in row:
-            return encode_text(_needed(tokenizer, place), _string(row, "text", place), place)
-        raise place.error(f"unknown form, with the keys {[str(key) for key in row]}; {ACCEPTED}")
-    if isinstance(row, str):
-        return encode_text(_needed(tokenizer, place), row, place)
-    if dimensions(row) == 1:
-        return encode_ids({"input_ids": row}, tokenizer, place)
-    raise place.error(f"unknown form, a {type(row).__name__}; {ACCEPTED}")
-
-
-def _needed(tokenizer: Any, place: Place) -> Any:
-    if tokenizer is None:
-        raise place.error(
-            'text needs a tokenizer: pass one to fisherscope.wrap(model, tokenizer), or give "input_ids"'
-        )
-    return tokenizer
-
-
-def _string(row: Mapping[str, Any], key: str, place: Place) -> str:
-    value = row[key]
-    if not isinstance(value, str):
-        hint = '; for lists of messages use {"messages"}' if isinstance(value, list | tuple) else ""
-        raise place.error(f"{key!r} must be a string, it is a {type(value).__name__}{hint}")
-    return value
-
-
-def _check_vocabulary(what: str, values: list[int], size: int | None, place: Place) -> None:
+def _check_range(what: str, values: list[int], size: int | None, kind: str, place: Place) -> None:
     if not values:
         return
     low, high = min(values), max(values)
@@ -150,8 +164,8 @@ def _check_vocabulary(what: str, values: list[int], size: int | None, place: Pla
         raise place.error(f"{what} hold {low}; token ids are 0 or more{allowed}")
     if size is not None and high >= size:
         raise place.error(
-            f"{what} hold {high}, but the model's vocabulary has {size} entries (0 to {size - 1}){allowed}; "
-            "use the tokenizer that belongs to the model"
+            f"{what} hold {high}, but the model's {kind} has {size} entries (0 to {size - 1}){allowed}; "
+            + ("use the tokenizer that belongs to the model" if kind == "vocabulary" else "correct the row")
         )
 
 

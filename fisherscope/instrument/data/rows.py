@@ -15,7 +15,9 @@ ACCEPTED = (
     '{"input_ids", "labels", "attention_mask"} (the last two optional), a list or 1-D tensor of ids, '
     "and batches of those as a DataLoader yields them"
 )
-_PER_SAMPLE = ("labels", "attention_mask", "position_ids")
+_PER_SAMPLE = ("labels", "label", "attention_mask", "position_ids", "token_type_ids")
+_TEXTS = ("text", "text_pair", "prompt", "completion", "source")
+_TARGETS = ("label", "labels", "target")
 
 
 def walk(task: str, rows: Any) -> Iterator[tuple[Place, Any]]:
@@ -40,7 +42,7 @@ def _iterable(task: str, rows: Any) -> Iterable[Any]:
             "fisherscope.instrument.data.read_jsonl(path), put a single text into a list"
         )
     if isinstance(rows, Mapping):
-        if "input_ids" in rows:
+        if "input_ids" in rows or "pixel_values" in rows:
             return (rows,)
         raise DataError(
             f"task {task!r}: a mapping with the keys {_keys(rows)}, not rows; "
@@ -75,12 +77,16 @@ def _split(item: Any, place: Place) -> Iterator[Any]:
 def _split_mapping(item: Mapping[str, Any], place: Place) -> Iterator[Any]:
     # a column of a dataset that this row does not use is None
     row = {key: value for key, value in item.items() if value is not None} or dict(item)
+    if dimensions(row.get("pixel_values")) == 4:
+        yield from _split_columns(row, "pixel_values", place)
+        return
     if "input_ids" not in row:
-        texts = {key: row[key] for key in ("text", "prompt", "completion") if key in row}
+        texts = {key: row[key] for key in _TEXTS if key in row}
         if texts and "messages" not in row and all(_is_text_batch(value) for value in texts.values()):
-            _check_sizes({key: len(value) for key, value in texts.items()}, place)
-            for values in zip(*texts.values(), strict=True):
-                yield dict(zip(texts, values, strict=True))
+            columns = texts | {key: row[key] for key in _TARGETS if key in row}
+            _check_sizes({key: len(value) for key, value in columns.items()}, place)
+            for values in zip(*columns.values(), strict=True):
+                yield dict(zip(columns, values, strict=True))
             return
         yield row
         return
@@ -94,6 +100,13 @@ def _split_mapping(item: Mapping[str, Any], place: Place) -> Iterator[Any]:
         yield row
         return
     yield from _split_ids(row, place)
+
+
+def _split_columns(row: dict[str, Any], first: str, place: Place) -> Iterator[dict[str, Any]]:
+    columns = {key: row[key] for key in (first, *_TARGETS) if key in row}
+    _check_sizes({key: len(value) for key, value in columns.items()}, place)
+    for index in range(len(row[first])):
+        yield {key: value[index] for key, value in columns.items()}
 
 
 def _split_ids(row: dict[str, Any], place: Place) -> Iterator[dict[str, Any]]:

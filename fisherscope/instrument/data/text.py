@@ -5,6 +5,7 @@ Special tokens are exactly those that the tokenizer adds of itself; nothing is a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from fisherscope.instrument.data.place import Encoded, Place
@@ -40,6 +41,19 @@ def encode_completion(tokenizer: Any, prompt: str, completion: str, place: Place
         first = _common_prefix(tokenizer, ids, prompt)
     labels = [IGNORED] * first + ids[first:]
     return Encoded(ids, labels, text)
+
+
+def string(row: Mapping[str, Any], key: str, place: Place) -> str:
+    """The text of one key.
+
+    Raises:
+        DataError: it is no text.
+    """
+    value = row[key]
+    if not isinstance(value, str):
+        hint = '; for lists of messages use {"messages"}' if isinstance(value, list | tuple) else ""
+        raise place.error(f"{key!r} must be a string, it is a {type(value).__name__}{hint}")
+    return value
 
 
 def check_encodable(text: str, place: Place) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -40,7 +40,15 @@ class Collector(ABC):
 
     The loop calls :meth:`begin`, then :meth:`update` once per parameter in the order of the backward pass,
     then :meth:`end`. What must survive a crash without being written per sample is the state.
+
+    Attributes:
+        labels: whose gradients it wants; other labels than the data's take backward passes of their own, with
+            one :meth:`update` per parameter and pass, whose squares are to be added up.
+        draws: how many times sampled labels are drawn.
     """
+
+    labels: str = "data"
+    draws: int = 1
 
     def wants_dense(self, parameter: str) -> bool:
         """Whether :meth:`update` reads ``emission.dense`` of this parameter."""
@@ -85,6 +93,10 @@ class Extension(ABC):
     @abstractmethod
     def collector(self, context: Context) -> Collector:
         """A fresh collector for one task."""
+
+    def collectors(self, context: Context) -> Sequence[Collector]:
+        """Fresh collectors for one task: several where one quantity is had in several ways."""
+        return (self.collector(context),)
 
     def options(self) -> dict[str, Any]:
         """The options as JSON data; part of the run's fingerprint."""

@@ -1,10 +1,10 @@
-"""The diagonal empirical Fisher: square, then average."""
+"""The diagonal Fisher: square, then average."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,9 +12,12 @@ from typing_extensions import override
 
 from fisherscope.instrument.emission import Emission, Sinks
 from fisherscope.instrument.extensions.base import Collector, Context, Extension
+from fisherscope.instrument.extensions.labelled_fisher import LabelledFisherCollector
 from fisherscope.instrument.extensions.registry import register_extension
 from fisherscope.linalg.normalization import NORMALIZATIONS, Normalization
 from fisherscope.store import SegmentWriter
+
+FisherLabels = Literal["data", "sampled", "exact"]
 
 
 @register_extension
@@ -25,11 +28,17 @@ class Fisher(Extension):
     Attributes:
         shape: "full" keeps F and mean h in the parameter's shape (float32, 8 bytes per entry and task);
             "groups" keeps head, channel and parameter values only.
+        labels: one label source or several. "data" is the empirical Fisher, from the one backward pass;
+            "sampled" draws labels from what the model predicts, a backward pass for each draw (Kunstner et
+            al. 2019 on why they differ); "exact" takes the expectation, a pass for each class and label.
+        draws: how many times "sampled" draws the labels of a sample.
         normalization: h_i = g_i / sqrt(T_i) for "per_token", g_i for "none", g_i / T_i for "mean".
     """
 
     name: ClassVar[str] = "fisher"
     shape: Literal["full", "groups"] = "full"
+    labels: FisherLabels | Sequence[FisherLabels] = "data"
+    draws: int = 1
     normalization: Normalization = "per_token"
 
     def __post_init__(self) -> None:
@@ -40,9 +49,28 @@ class Fisher(Extension):
                 f"Fisher(normalization={self.normalization!r}): use 'per_token', 'none' or 'mean'"
             )
 
+        sources = (self.labels,) if isinstance(self.labels, str) else tuple(self.labels)
+        if not sources or len(set(sources)) != len(sources) or set(sources) - set(get_args(FisherLabels)):
+            raise ValueError(
+                f"Fisher(labels={self.labels!r}): use 'data', 'sampled' or 'exact', or several of them"
+            )
+        object.__setattr__(self, "labels", sources)
+        if type(self.draws) is not int or self.draws < 1:
+            raise ValueError(f"Fisher(draws={self.draws!r}): use a positive number")
+
     @override
     def collector(self, context: Context) -> Collector:
-        return FisherCollector(context, full=self.shape == "full")
+        return self.collectors(context)[0]
+
+    @override
+    def collectors(self, context: Context) -> Sequence[Collector]:
+        full = self.shape == "full"
+        return [
+            FisherCollector(context, full=full)
+            if source == "data"
+            else LabelledFisherCollector(context, source, draws=self.draws, full=full)
+            for source in self.labels
+        ]
 
 
 class FisherCollector(Collector):

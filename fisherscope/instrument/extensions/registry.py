@@ -10,6 +10,7 @@ from fisherscope.instrument.extensions.base import Extension
 
 ENTRY_POINT_GROUP = "fisherscope.extensions"
 _BUILT_IN = (
+    "fisherscope.instrument.extensions.exact_per_token",
     "fisherscope.instrument.extensions.fisher",
     "fisherscope.instrument.extensions.sample_gradients",
 )

@@ -2,39 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
-from fisherscope.instrument.batch import IGNORE, Batch
+from fisherscope.instrument.batch import Batch
+from fisherscope.instrument.objectives.arguments import takes
+from fisherscope.instrument.objectives.base import Predictions, at_labels
 
 
-def causal_lm(model: nn.Module, batch: Batch) -> Tensor:
-    """The sum of each sample's token losses, in nats.
-
-    Token losses are taken from logits of float32 or wider, at the positions that bear loss only.
-
-    Returns:
-        ``[n]``, in the dtype of these logits.
-    """
+def causal_lm(model: nn.Module, batch: Batch) -> Predictions:
+    """What is predicted of each token that bears loss, from the position before it."""
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    if _takes_positions(type(model).forward):
+    if takes(model, "position_ids"):
         inputs["position_ids"] = batch.position_ids
+    if batch.token_types is not None and takes(model, "token_type_ids"):
+        inputs["token_type_ids"] = batch.token_types
     logits = model(**inputs, use_cache=False).logits
-    targets = batch.labels[:, 1:].to(logits.device)
-    bears_loss = targets != IGNORE
-    chosen = logits[:, :-1][bears_loss]
-    if chosen.dtype.itemsize < 4:
-        chosen = chosen.float()
-    token_losses = F.cross_entropy(chosen, targets[bears_loss], reduction="none")
-    sample = bears_loss.nonzero()[:, 0]
-    return token_losses.new_zeros(len(batch)).index_add(0, sample, token_losses)
-
-
-@lru_cache(maxsize=64)
-def _takes_positions(forward: Callable[..., Any]) -> bool:
-    return "position_ids" in inspect.signature(forward).parameters
+    return at_labels(logits[:, :-1], batch.labels[:, 1:])

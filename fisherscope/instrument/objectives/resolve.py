@@ -1,76 +1,97 @@
-"""From the ``objective`` argument to a function of model and batch."""
+"""From the ``objective`` argument to an objective."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
-from functools import partial
-from types import CodeType
-from typing import Any
+from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import nn
 
-from fisherscope.instrument.batch import Batch
+from fisherscope.instrument.data.class_label import encode_class_label, encode_image_label
+from fisherscope.instrument.data.masked import encode_masked
+from fisherscope.instrument.data.sequence_pair import encode_sequence_pair
+from fisherscope.instrument.data.token_labels import encode_token_labels
+from fisherscope.instrument.objectives.at_positions import at_positions
+from fisherscope.instrument.objectives.base import Objective, Predict
 from fisherscope.instrument.objectives.causal_lm import causal_lm
+from fisherscope.instrument.objectives.classification import image_classification, sequence_classification
+from fisherscope.instrument.objectives.identity import identity
+from fisherscope.instrument.objectives.seq2seq import seq2seq
 
-Objective = Callable[[nn.Module, Batch], Tensor]
+CAUSAL_LM = Objective("causal_lm", causal_lm)
 
-_NAMED: dict[str, Objective] = {"causal_lm": causal_lm}
+_NAMED = {
+    objective.name: objective
+    for objective in (
+        CAUSAL_LM,
+        Objective("seq2seq", seq2seq, encode_sequence_pair, "decoder"),
+        Objective("masked_lm", at_positions, encode_masked, "position"),
+        Objective("sequence_classification", sequence_classification, encode_class_label, "whole", "classes"),
+        Objective("token_classification", at_positions, encode_token_labels, "position", "classes"),
+        Objective("image_classification", image_classification, encode_image_label, "whole", "classes"),
+    )
+}
+# where transformers lists which class is for which task; a class in two lists takes the first
+_LISTS = {
+    "seq2seq": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "causal_lm": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "masked_lm": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "sequence_classification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "token_classification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+    "image_classification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+}
 
 
-def resolve_objective(choice: str | Objective) -> tuple[str, Objective]:
-    """Name and function of an objective.
+def resolve_objective(choice: str | Objective | Predict, model: nn.Module) -> Objective:
+    """The objective of a run.
 
     Args:
-        choice: "auto", a name, or a function ``loss(model, batch) -> [n]`` that returns the sum of each
-            sample's losses.
+        choice: "auto" (what the model's head is for), a name, or a function ``loss(model, batch)`` that
+            returns the sum of each sample's losses, ``[n]``, or :class:`Predictions`.
+        model: the model.
 
     Returns:
-        The identity that a resumed run must match, and the function. The identity of a function of the
-        user's own covers its code, defaults and plain values it closes over.
+        The objective. That of a function of the user's own reads rows as the model's own objective does, and
+        its identity covers the function's code, defaults and plain values it closes over.
 
     Raises:
-        ValueError: no objective of that name.
+        ValueError: no objective of that name, or the model has no head that "auto" knows.
     """
+    if isinstance(choice, Objective):
+        return replace(choice, name=f"{choice.name}#{identity(choice.predict)}")
     if callable(choice):
-        return _identity(choice), choice
+        own = _of_model(model)
+        return replace(CAUSAL_LM if own is None else own, name=identity(choice), predict=choice)
     if choice == "auto":
-        choice = "causal_lm"
+        found = _of_model(model)
+        if found is None:
+            raise ValueError(
+                f"{type(model).__name__} has no head that says what it predicts: load it with one (such as "
+                f"AutoModelForCausalLM), or name the objective, one of {sorted(_NAMED)}, or pass a function "
+                "loss(model, batch) -> [n]"
+            )
+        return found
     if choice not in _NAMED:
         raise ValueError(
             f"no objective {choice!r}: use 'auto', one of {sorted(_NAMED)}, "
             "or a function loss(model, batch) -> [n]"
         )
-    return choice, _NAMED[choice]
+    return _NAMED[choice]
 
 
-def _identity(function: Objective) -> str:
-    inner = function.func if isinstance(function, partial) else function
-    bound = (function.args, function.keywords) if isinstance(function, partial) else ()
-    if not hasattr(inner, "__code__"):
-        inner = type(inner).__call__ if hasattr(type(inner).__call__, "__code__") else inner
-    name = f"{getattr(inner, '__module__', '')}.{getattr(inner, '__qualname__', type(inner).__qualname__)}"
-    sha = hashlib.sha256(repr(_plain(bound)).encode())
-    code = getattr(inner, "__code__", None)
-    if code is not None:
-        cells = [cell.cell_contents for cell in getattr(inner, "__closure__", None) or ()]
-        defaults = (getattr(inner, "__defaults__", None), getattr(inner, "__kwdefaults__", None))
-        sha.update(repr((_code(code), _plain(defaults), _plain(cells))).encode())
-    return f"{name}#{sha.hexdigest()[:16]}"
+def _of_model(model: nn.Module) -> Objective | None:
+    from transformers.models.auto import modeling_auto
+
+    for name, listed in _LISTS.items():
+        if any(cls.__name__ in _class_names(getattr(modeling_auto, listed)) for cls in type(model).__mro__):
+            return _NAMED[name]
+    if getattr(model, "get_output_embeddings", lambda: None)() is not None:
+        encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
+        return _NAMED["seq2seq" if encoder_decoder else "causal_lm"]
+    return None
 
 
-def _code(code: CodeType) -> tuple[Any, ...]:
-    """What a function does, without where it is written; functions inside it included."""
-    constants = tuple(_code(c) if isinstance(c, CodeType) else _plain(c) for c in code.co_consts)
-    return code.co_code, constants, code.co_names, code.co_varnames
-
-
-def _plain(value: Any) -> Any:
-    """The value where it is plain data, else its type: an address in memory identifies nothing."""
-    if isinstance(value, str | bytes | int | float | bool | None):
-        return value
-    if isinstance(value, list | tuple):
-        return tuple(_plain(item) for item in value)
-    if isinstance(value, dict):
-        return tuple((str(key), _plain(item)) for key, item in value.items())
-    return type(value).__qualname__
+def _class_names(listed: dict[str, str | tuple[str, ...]]) -> set[str]:
+    names: set[str] = set()
+    for value in listed.values():
+        names.update((value,) if isinstance(value, str) else value)
+    return names

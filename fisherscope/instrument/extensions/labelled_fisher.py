@@ -1,0 +1,78 @@
+"""The diagonal Fisher under other labels than the data's, from backward passes of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from fisherscope.instrument.emission import Emission, Sinks
+from fisherscope.instrument.extensions.base import Collector, Context
+from fisherscope.linalg import Moments
+from fisherscope.store import SegmentWriter
+
+
+class LabelledFisherCollector(Collector):
+    """Sums of h ** 2 in the parameters' shape, and moments of each group over the samples."""
+
+    def __init__(self, context: Context, labels: str, *, draws: int = 1, full: bool = True) -> None:
+        """Zero accumulators.
+
+        Args:
+            context: of the run.
+            labels: a label source other than "data".
+            draws: of sampled labels.
+            full: also in the shape of each parameter.
+        """
+        self.labels = labels
+        self.draws = draws
+        self._device = context.device
+        self._moments = Moments.empty(len(context.groups))
+        self._values = torch.empty(0)
+        self._square = {
+            name: torch.zeros(parameter.shape, device=parameter.device)
+            for name, parameter in context.parameters.items()
+            if full
+        }
+
+    @override
+    def sinks(self, parameter: str) -> Sinks:
+        return Sinks(square=self._square.get(parameter))
+
+    @override
+    def begin(self, n: int) -> None:
+        self._values = torch.zeros(n, len(self._moments.mean), device=self._device)
+
+    @override
+    def update(self, emission: Emission, segment: SegmentWriter | None, start: int) -> None:
+        del segment, start
+        for member, norms in zip(emission.members, emission.square_norms, strict=True):
+            self._values[:, member.first : member.first + norms.shape[1]] += norms.to(self._device)
+
+    @override
+    def end(self, segment: SegmentWriter | None, start: int) -> None:
+        del segment, start
+        self._moments = self._moments.merge(Moments.of(self._values.cpu().numpy()))
+
+    @override
+    def state(self) -> dict[str, Tensor]:
+        prefix = f"moments/{self.labels}"
+        return {
+            **{f"fisher/{self.labels}/{name}": value.detach().cpu() for name, value in self._square.items()},
+            f"{prefix}/count": torch.tensor([self._moments.count]),
+            f"{prefix}/mean": torch.from_numpy(self._moments.mean.copy()),
+            f"{prefix}/m2": torch.from_numpy(self._moments.m2.copy()),
+        }
+
+    @override
+    def load_state(self, arrays: Mapping[str, Tensor]) -> None:
+        for name, value in self._square.items():
+            value.copy_(arrays[f"fisher/{self.labels}/{name}"])
+        prefix = f"moments/{self.labels}"
+        self._moments = Moments(
+            int(arrays[f"{prefix}/count"]),
+            arrays[f"{prefix}/mean"].numpy().copy(),
+            arrays[f"{prefix}/m2"].numpy().copy(),
+        )

@@ -1,0 +1,86 @@
+"""What an objective is: how rows are read, and what the model predicts where there is a label."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fisherscope.instrument.batch import Batch
+from fisherscope.instrument.data import Encoder, Labelling
+from fisherscope.instrument.data.next_token import encode_next_token
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model says of each label of a batch, one distribution over classes per label.
+
+    Given the model's input the labels are independent of each other, as all of the named objectives have it.
+
+    Attributes:
+        logits: ``[m, classes]``, float32 or wider.
+        targets: the data's labels, ``[m]`` int64.
+        sample: which sample of the batch each belongs to, ``[m]`` int64, in ascending order.
+    """
+
+    logits: Tensor
+    targets: Tensor
+    sample: Tensor
+
+    def unit_losses(self, targets: Tensor | None = None) -> Tensor:
+        """``-log p`` of each label, ``[m]``, in nats: the data's, or others in their place."""
+        return F.cross_entropy(self.logits, self.targets if targets is None else targets, reduction="none")
+
+    def losses(self, n: int, targets: Tensor | None = None) -> Tensor:
+        """The sum over the labels of each of ``n`` samples, ``[n]``."""
+        units = self.unit_losses(targets)
+        return units.new_zeros(n).index_add(0, self.sample, units)
+
+    @property
+    def place(self) -> Tensor:
+        """The how-manieth label of its sample each is, ``[m]`` int64."""
+        counts = torch.bincount(self.sample)
+        starts = counts.cumsum(0) - counts
+        return torch.arange(len(self.sample), device=self.sample.device) - starts[self.sample]
+
+
+Predict = Callable[[nn.Module, Batch], Predictions | Tensor]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss for every sample.
+
+    Attributes:
+        name: identity that a resumed run must match.
+        predict: ``(model, batch)`` -> :class:`Predictions`, or the summed losses ``[n]`` themselves, in
+            which case only the data's labels can be had.
+        encode: how a row of a task is read.
+        labelling: what the labels stand beside.
+        label_range: whether labels are token ids or classes.
+    """
+
+    name: str
+    predict: Predict
+    encode: Encoder = encode_next_token
+    labelling: Labelling = "next"
+    label_range: Literal["vocabulary", "classes"] = "vocabulary"
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Each sample's loss under the data's labels, ``[n]``, in nats."""
+        found = self.predict(model, batch)
+        return found.losses(len(batch)) if isinstance(found, Predictions) else found
+
+
+def at_labels(logits: Tensor, labels: Tensor) -> Predictions:
+    """Predictions where there is a label: ``logits [n, L, classes]`` beside ``labels [n, L]``."""
+    targets = labels.to(logits.device)
+    bears_loss = targets != -100
+    chosen = logits[bears_loss]
+    if chosen.dtype.itemsize < 4:
+        chosen = chosen.float()
+    return Predictions(chosen, targets[bears_loss], bears_loss.nonzero()[:, 0])

@@ -1,0 +1,35 @@
+"""Targets of encoder-decoder models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fisherscope.errors import FisherscopeError
+from fisherscope.instrument.batch import IGNORE, Batch
+from fisherscope.instrument.objectives.arguments import text_inputs
+from fisherscope.instrument.objectives.base import Predictions, at_labels
+
+
+def seq2seq(model: nn.Module, batch: Batch) -> Predictions:
+    """What the decoder predicts of each token of the target, from those before it."""
+    inputs = text_inputs(model, batch) | {"decoder_input_ids": _shifted(model, batch.labels)}
+    return at_labels(model(**inputs).logits, batch.labels)
+
+
+def _shifted(model: nn.Module, labels: Tensor) -> Tensor:
+    """The targets, one step later, behind the token that starts a decoder."""
+    make = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if make is not None:
+        made: Tensor = make(labels=labels)
+        return made
+    config: Any = model.config
+    start, pad = config.decoder_start_token_id, config.pad_token_id
+    if start is None:
+        raise FisherscopeError(
+            f"the config of {type(model).__name__} has no decoder_start_token_id to begin targets with: set it"
+        )
+    shifted = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], 1)
+    return shifted.masked_fill(shifted == IGNORE, pad if pad is not None else 0)
