@@ -169,9 +169,7 @@ class GradientTap:
         finally:
             self._is_silent = before
 
-    def _watch_lookup(
-        self, site: Site, found: Lookup, output: Tensor, *, is_repeated: bool
-    ) -> Tensor | None:
+    def _watch_lookup(self, site: Site, found: Lookup, output: Tensor, *, is_repeated: bool) -> Tensor | None:
         """Give every sample rows of its own where one lookup served all of them."""
         rows = output
         if found.is_shared or not output.requires_grad:

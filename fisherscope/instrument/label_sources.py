@@ -63,7 +63,7 @@ def _sampled(predictions: Predictions, batch: Batch, count: int, seed: int) -> I
     uniform = _uniform(predictions, batch, count, seed)
     cumulative = predictions.logits.detach().double().softmax(-1).cumsum(-1)
     for k in range(count):
-        targets = torch.searchsorted(cumulative, uniform[:, k : k + 1]).squeeze(1)
+        targets = torch.searchsorted(cumulative, uniform[:, k : k + 1].contiguous()).squeeze(1)
         yield Draw(predictions.losses(len(batch), targets.clamp_max(cumulative.shape[1] - 1)), 1 / count)
 
 

@@ -23,7 +23,9 @@ def test_checkpointed_models_equal_the_loop(name: str, reentrant: bool, tmp_path
     data = models.rows(5)
     expected = models.loop(model, data)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    layer = next(m for m in model.modules() if getattr(m, "gradient_checkpointing", False) and list(m.parameters()))
+    layer = next(
+        m for m in model.modules() if getattr(m, "gradient_checkpointing", False) and list(m.parameters())
+    )
     calls = []
     counter = next(layer.children()).register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     store = fs.wrap(model, parameters="all").collect(

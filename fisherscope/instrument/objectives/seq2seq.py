@@ -29,7 +29,7 @@ def _shifted(model: nn.Module, labels: Tensor) -> Tensor:
     start, pad = config.decoder_start_token_id, config.pad_token_id
     if start is None:
         raise FisherscopeError(
-            f"the config of {type(model).__name__} has no decoder_start_token_id to begin targets with: set it"
+            f"{type(model).__name__} has no config.decoder_start_token_id to begin targets with: set it"
         )
     shifted = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], 1)
     return shifted.masked_fill(shifted == IGNORE, pad if pad is not None else 0)
