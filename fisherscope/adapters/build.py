@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from fisherscope.adapters.injected import bare_path, tuned_layers
 from fisherscope.adapters.modules import has_bias, is_linear_map, out_features, output_axis, weight_shape
 from fisherscope.adapters.patterns import AttentionPattern, MlpPattern
 from fisherscope.errors import AdapterError
@@ -109,6 +110,7 @@ class _Builder:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._modules: dict[str, nn.Module] = dict(model.named_modules())
+        self._tuned = list(tuned_layers(model))
         # path of a list of layers with a dot at its end -> its stack, and the numbers of its layers
         self._layers: dict[str, tuple[str, dict[str, int]]] = {}
         self._attention: list[AttentionLayout] = []
@@ -234,11 +236,16 @@ class _Builder:
                 kind = "experts"
             elif attention is not None:
                 kind = "attention"
-            elif _is_router(name, module):
+            elif _is_router(self._own_name(name), module):
                 kind = "router"
             elif any(name.startswith(f"{part.module}.") for part in self._mlps):
                 kind = "mlp"
             yield ParameterInfo(name, tuple(parameter.shape), kind, layer, stack)
+
+    def _own_name(self, name: str) -> str:
+        """The name of a parameter without PEFT; what PEFT adds beside a layer has that of its weight."""
+        tuned = next((path for path in self._tuned if name.startswith(f"{path}.")), None)
+        return bare_path(name) if tuned is None else f"{bare_path(tuned)}.weight"
 
     def _rows(self, parameters: Sequence[ParameterInfo]) -> Iterator[RowsLayout]:
         """Linear maps in the layers of which no head or channel is known; tied ones once."""

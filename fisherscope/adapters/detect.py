@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fisherscope.adapters.build import Stack, build_layout, layer_lists
 from fisherscope.adapters.channels import verify_channels
+from fisherscope.adapters.injected import bare_path, is_added, tuned_layers
 from fisherscope.adapters.inputs import run_small
 from fisherscope.adapters.modules import in_features, is_linear_map, out_features
 from fisherscope.adapters.patterns import (
@@ -189,11 +190,12 @@ def _trace(model: nn.Module, lists: Sequence[str]) -> dict[str, list[_Call]]:
             for child, layer in model.get_submodule(container).named_children():
                 where = f"{container}.{child}"
                 calls[where] = []
+                tuned = tuned_layers(layer)
                 for path, module in layer.named_modules():
-                    if is_linear_map(module):
+                    if is_linear_map(module) and not is_added(path, tuned):
                         # adapters' patterns name a layer as it is called without PEFT around it
-                        name = path.replace(".base_layer", "")
-                        handle = module.register_forward_hook(record(where, name), with_kwargs=True)
+                        hook = record(where, bare_path(path))
+                        handle = module.register_forward_hook(hook, with_kwargs=True)
                         stack.callback(handle.remove)
         run_small(model, 1, seed=0)
     return {where: _renumbered(found) for where, found in calls.items()}

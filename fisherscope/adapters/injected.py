@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -34,6 +35,8 @@ _TUNERS = frozenset(
 # Layers of LoRA that multiply weights and call nothing, and variants that call LoRA's matrices as layers.
 _FUNCTIONAL_LAYERS = ("ParamWrapper", "MultiheadAttention")
 _CALLING_VARIANTS = ("DoraLinearVariant", "DoraEmbeddingVariant")
+# what the paths of a model's own layers have more where PEFT is around them
+_LEVELS = re.compile(r"\.(base_layer|original_module|modules_to_save\.[^.]+)(?=\.|$)")
 _MERGE = "merge it into the weights, where PEFT can: model = model.merge_and_unload(), and pass that"
 
 
@@ -63,6 +66,26 @@ def plain_layer(module: nn.Module) -> nn.Module:
     while (inner := _inner_path(module)) is not None:
         module = module.get_submodule(inner)
     return module
+
+
+def bare_path(path: str) -> str:
+    """The path that a layer has without PEFT around it: what :func:`projection` is given."""
+    return _LEVELS.sub("", path)
+
+
+def tuned_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Layers of PEFT that stand around one of the model's own, by path, the outer one first."""
+    return {path: m for path, m in model.named_modules() if is_a(m, "peft.tuners", "BaseTunerLayer")}
+
+
+def is_added(path: str, tuned: Iterable[str]) -> bool:
+    """Whether a module or parameter is one that PEFT has added beside a layer of the model.
+
+    Args:
+        path: of the module or parameter.
+        tuned: paths of the layers of PEFT.
+    """
+    return any(path.startswith(f"{t}.") and not path.startswith(f"{t}.base_layer") for t in tuned)
 
 
 def refuse_tuners(configs: Any) -> None:

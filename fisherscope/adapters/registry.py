@@ -15,6 +15,7 @@ from torch import nn
 from fisherscope.adapters.build import Stack, build_layout, build_modules
 from fisherscope.adapters.detect import detect
 from fisherscope.adapters.probe import verify_layout
+from fisherscope.adapters.tuned_heads import with_adapters
 from fisherscope.errors import AdapterError
 from fisherscope.layout import ModelLayout
 
@@ -85,6 +86,8 @@ def resolve(
     from its structure, and believed where the probe confirms them. Where it does not, a warning says so, and
     the layout has the modules and their rows.
 
+    What LoRA adds to a projection is cut into the heads or channels that were verified there.
+
     Args:
         model: a transformers model.
         adapter: an adapter to use in place of the registered one, or the model type whose adapter to use.
@@ -109,7 +112,8 @@ def resolve(
         model_types.append(text_config.model_type)
     chosen = _choose(adapter, *model_types)
     if chosen is None:
-        return _detected(model, config.model_type, every_layer=verify == "all", strict=strict)
+        found = _detected(model, config.model_type, every_layer=verify == "all", strict=strict)
+        return with_adapters(model, found)
     layout = _registered(model, chosen, text_config, verify)
     if not layout.attention:
         message = (
@@ -119,7 +123,7 @@ def resolve(
         if strict:
             raise AdapterError(message)
         warnings.warn(message, stacklevel=3)
-    return layout
+    return with_adapters(model, layout)
 
 
 def _registered(model: nn.Module, adapter: Adapter, text_config: Any, verify: Verify) -> ModelLayout:

@@ -79,13 +79,14 @@ class Replay:
     def gradients(
         self, output_gradients: Sequence[Tensor | None], wanted: frozenset[str]
     ) -> dict[str, PerSampleGradient]:
-        """Per-sample gradients of the module's own parameters.
+        """Per-sample gradients of parameters of the module, or of modules inside of it.
 
         Args:
             output_gradients: of the tensors that the call returned; None where nothing depends on one.
-            wanted: names of the parameters.
+            wanted: names of the parameters, from the module on.
         """
-        own = {name: p for name, p in self._module.named_parameters(recurse=False) if name in wanted}
+        every = self._module.named_parameters(remove_duplicate=False)
+        own = {name: parameter for name, parameter in every if name in wanted}
         n = self._samples.n
         if 4 * n * sum(p.numel() for p in own.values()) <= _MOST_BYTES:
             each = [self._of_sample(i, own, output_gradients) for i in range(n)]

@@ -9,7 +9,9 @@ from fnmatch import fnmatchcase
 import pandas as pd
 from torch import nn
 
+from fisherscope.adapters.injected import is_added, tuned_layers
 from fisherscope.adapters.modules import is_linear_map
+from fisherscope.adapters.tuned_parameters import Adaptation, adaptation
 from fisherscope.errors import CoverageError
 from fisherscope.instrument.rules import Rule, find_rule
 from fisherscope.instrument.trial import Trial, try_out
@@ -17,6 +19,12 @@ from fisherscope.layout import ModelLayout, ParameterInfo
 
 # kinds of parameters whose modules are given every position of every sample once and in order
 _EVERY_POSITION = frozenset({"attention", "mlp", "norm", "router"})
+
+# what to choose where adapters have nothing to offer
+_OTHERS = (
+    'pass parameters="all" for those of the model itself, too, or patterns of names such as '
+    'parameters=["*.base_layer.*"]'
+)
 
 ParameterChoice = str | list[str] | tuple[str, ...]
 
@@ -65,21 +73,28 @@ def select_targets(model: nn.Module, layout: ModelLayout, choice: ParameterChoic
         model: the model.
         layout: its layout.
         choice: "attention" (Q, K, V, O with biases), "linear" (the layers' linear maps with biases, routers
-            apart), "all", or a list of shell-style patterns of parameter names.
+            apart), "all", or a list of shell-style patterns of parameter names. Where adapters of PEFT are in
+            use, "attention" and "linear" take what these train in the layers, and nothing of the model's own;
+            "all" takes both. Parameters of adapters that are merged, disabled or not active are chosen by
+            patterns alone, and named in the coverage.
 
     Raises:
         CoverageError: nothing matches, or nothing that matches has a rule.
     """
     uses = _uses(model)
-    chosen = {i.name for i in layout.parameters if _is_selected(i, choice, [u.module for u in uses[i.name]])}
+    tuned = adaptation(model)
+    chosen = {
+        info.name
+        for info in layout.parameters
+        if _is_selected(info, choice, [use.module for use in uses[info.name]], tuned)
+    }
     trial = try_out(model, {name: [use.module for use in uses[name]] for name in chosen})
+    found = {name: _watched(uses[name], trial, name) for name in chosen - tuned.idle.keys()}
+    found |= _through_tuned_layers(model, [name for name, (_, reason) in found.items() if reason])
     rows, parameters = [], []
     sites: dict[str, Site] = {}
     for info in layout.parameters:
-        reason = "not selected"
-        if info.name in chosen:
-            mine, reason = _watched(uses[info.name], trial)
-            reason = reason or trial.unseen.get(info.name, "")
+        mine, reason = found.get(info.name, ([], tuned.idle.get(info.name, "not selected")))
         if not reason:
             parameters.append(info.name)
             for use in mine:
@@ -89,7 +104,7 @@ def select_targets(model: nn.Module, layout: ModelLayout, choice: ParameterChoic
         kind = type(uses[info.name][0].module).__name__
         rows.append((info, info.name in chosen, not reason, kind, reason))
     coverage = _coverage_frame(rows)
-    _check(coverage, choice)
+    _check(coverage, choice, tuned)
     return Targets(tuple(parameters), tuple(sites.values()), coverage)
 
 
@@ -115,29 +130,57 @@ def _uses(model: nn.Module) -> dict[str, list[_Use]]:
     return found
 
 
-def _watched(uses: list[_Use], trial: Trial) -> tuple[list[_Use], str]:
+def _through_tuned_layers(model: nn.Module, names: list[str]) -> dict[str, tuple[list[_Use], str]]:
+    """Parameters that can be had by running layers of PEFT again, which use them around their modules.
+
+    Bare parameters are multiplied in the layer that PEFT has put around one of the model's, and DoRA calls
+    LoRA's matrices on a unit matrix, too.
+    """
+    wanted = {id(model.get_parameter(name)): name for name in names}
+    uses: dict[str, list[_Use]] = {}
+    for path, module in tuned_layers(model).items():
+        for local, parameter in module.named_parameters(remove_duplicate=False):
+            if id(parameter) in wanted and is_added(f"{path}.{local}", [path]):
+                uses.setdefault(wanted[id(parameter)], []).append(_Use(path, module, local, None))
+    if not uses:
+        return {}
+    trial = try_out(model, {name: [use.module for use in mine] for name, mine in uses.items()})
+    return {
+        name: (mine, "")
+        for name, mine in uses.items()
+        if name not in trial.unseen and all(use.module in trial.replayable for use in mine)
+    }
+
+
+def _watched(uses: list[_Use], trial: Trial, name: str) -> tuple[list[_Use], str]:
     """Which modules to watch for a parameter, or why its gradients cannot be had."""
     if any(use.rule for use in uses):
         # BERT's head holds the bias of a linear map inside of it: what uses it is that
         uses = [use for use in uses if use.rule or not any(use.module.children())]
     lacking = [use.module for use in uses if not use.rule and use.module not in trial.replayable]
-    return uses, f"no rule for {type(lacking[0]).__name__}" if lacking else ""
+    reason = f"no rule for {type(lacking[0]).__name__}" if lacking else trial.unseen.get(name, "")
+    return uses, reason
 
 
-def _is_selected(info: ParameterInfo, choice: ParameterChoice, modules: list[nn.Module]) -> bool:
+def _is_selected(
+    info: ParameterInfo, choice: ParameterChoice, modules: list[nn.Module], tuned: Adaptation
+) -> bool:
     if not isinstance(choice, str):
         return any(fnmatchcase(info.name, pattern) for pattern in choice)
-    if choice == "all":
-        return True
+    if choice not in {"all", "linear", "attention"}:
+        raise ValueError(
+            f"parameters={choice!r} is not a choice: use 'attention', 'linear', 'all' or a list of name "
+            "patterns"
+        )
+    if choice == "all" or info.name in tuned.idle:
+        return info.name not in tuned.idle
     # a router is a linear map, too, but one of which expert acts, not of what it does
-    is_map = info.layer >= 0 and info.kind != "router" and all(is_linear_map(m) for m in modules)
-    if choice == "linear":
-        return is_map
-    if choice == "attention":
-        return is_map and info.kind == "attention"
-    raise ValueError(
-        f"parameters={choice!r} is not a choice: use 'attention', 'linear', 'all' or a list of name patterns"
-    )
+    in_layers = info.layer >= 0 and info.kind != "router"
+    if tuned.trained:
+        wanted = in_layers and info.name in tuned.trained
+    else:
+        wanted = in_layers and all(is_linear_map(module) for module in modules)
+    return wanted and (choice == "linear" or info.kind == "attention")
 
 
 def _coverage_frame(rows: list[tuple[ParameterInfo, bool, bool, str, str]]) -> pd.DataFrame:
@@ -163,17 +206,21 @@ def _coverage_frame(rows: list[tuple[ParameterInfo, bool, bool, str, str]]) -> p
     return frame
 
 
-def _check(coverage: pd.DataFrame, choice: ParameterChoice) -> None:
+def _check(coverage: pd.DataFrame, choice: ParameterChoice, tuned: Adaptation) -> None:
     selected = coverage[coverage["selected"]]
+    is_of_adapters = bool(tuned.trained) and isinstance(choice, str) and choice != "all"
     if selected.empty:
+        what = "that adapters of PEFT train in the layers" if is_of_adapters else "of the model"
         raise CoverageError(
-            f"parameters={choice!r} matches no parameter of the model: see scope.coverage() for their names"
+            f"parameters={choice!r} matches no parameter {what}: "
+            + (_OTHERS if is_of_adapters else "see scope.coverage() for their names")
         )
     lost = selected[~selected["covered"]]
     if len(lost) == len(selected):
         raise CoverageError(
-            f"none of the {len(selected)} parameters chosen by parameters={choice!r} has a layer rule "
-            f"({lost['reason'].iloc[0]}): register one with fisherscope.register_rule"
+            f"none of the {len(selected)} parameters chosen by parameters={choice!r} can be instrumented "
+            f"({lost['parameter'].iloc[0]}: {lost['reason'].iloc[0]}): "
+            + (_OTHERS if is_of_adapters else "register a rule with fisherscope.register_rule")
         )
     if len(lost):
         reasons = ", ".join(f"{reason}: {n}" for reason, n in lost["reason"].value_counts().items())

@@ -14,12 +14,18 @@ Part = Literal["weight", "bias"]
 Flag = Literal["per_head", "per_group", "shared", "coupled"]
 
 
+def role_of(block: str) -> str:
+    """What a block is to its heads, such as "K" for "K.default", the part of K that an adapter adds."""
+    return block.partition(".")[0]
+
+
 @dataclass(frozen=True)
 class HeadBlock:
     """One of Q, K, V, O of one layer: a partition of a weight into heads, and of its bias.
 
     Some architectures have more: "gate" (rows of the query projection that gate the head's context) and
-    "sink" (one logit per head that takes attention away).
+    "sink" (one logit per head that takes attention away). What an adapter adds to a projection is a block of
+    its own, named after the two: "Q.default" is cut into the same heads as "Q".
 
     ``bias`` is None where there is none, and always for O, whose bias belongs to no head.
     """
@@ -27,6 +33,11 @@ class HeadBlock:
     name: str
     weight: Partition
     bias: Partition | None = None
+
+    @property
+    def role(self) -> str:
+        """Its name without that of an adapter: "Q" for "Q" and for "Q.default"."""
+        return role_of(self.name)
 
     @property
     def heads(self) -> int:
@@ -53,8 +64,8 @@ class AttentionLayout:
         output: path of the O projection, whose input is the concatenation of the heads' contexts.
         n_heads: query heads H.
         n_kv_heads: key/value heads; query head h uses kv head ``h // (H // n_kv_heads)``.
-        blocks: Q, K, V, O and what the architecture has beside them. A layer that uses the keys and values of
-            another one has no K and V.
+        blocks: Q, K, V, O and what the architecture has beside them, then those of adapters. A layer that
+            uses the keys and values of another one has no K and V.
         stack: "decoder", "encoder" or "cross".
         coupled: blocks whose heads a norm over all of them ties (OLMo 2 normalises Q and K that way): the
             slices are exact, but a change of one head's slice moves the other heads too.
@@ -75,7 +86,7 @@ class AttentionLayout:
                 f"{self.module}: {self.n_heads} query heads cannot share {self.n_kv_heads} kv heads evenly"
             )
         for block in self.blocks:
-            expected = self.n_kv_heads if block.name in KEY_VALUE_BLOCKS else self.n_heads
+            expected = self.n_kv_heads if block.role in KEY_VALUE_BLOCKS else self.n_heads
             if block.heads != expected:
                 raise ValueError(f"{self.module}: {block.name} has {block.heads} heads, expected {expected}")
         if unknown := set(self.coupled) - {block.name for block in self.blocks}:
@@ -122,7 +133,7 @@ class AttentionLayout:
     def head_of(self, block: str, query_head: int) -> int:
         """Which head of a block a query head uses: its kv head in K and V, itself in all others."""
         kv_head = self.kv_head(query_head)
-        return kv_head if block in KEY_VALUE_BLOCKS else query_head
+        return kv_head if role_of(block) in KEY_VALUE_BLOCKS else query_head
 
     def flags(self, block: str) -> frozenset[Flag]:
         """Whose the slices of a block are: "per_head", or "per_group" of query heads; and "coupled".
@@ -132,6 +143,6 @@ class AttentionLayout:
         """
         grouped = self.block(block).heads < self.n_heads
         flags: set[Flag] = {"per_group" if grouped else "per_head"}
-        if block in self.coupled:
+        if role_of(block) in self.coupled:
             flags.add("coupled")
         return frozenset(flags)

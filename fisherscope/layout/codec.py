@@ -39,7 +39,7 @@ def encode(layout: ModelLayout) -> dict[str, Any]:
             }
             for a in layout.attention
         ],
-        "mlps": [_encode_pieces(m) for m in layout.mlps],
+        "mlps": [_encode_mlp(m) for m in layout.mlps],
         "experts": [_encode_pieces(e) for e in layout.experts],
         "rows": [
             {
@@ -68,7 +68,9 @@ def decode(data: dict[str, Any]) -> ModelLayout:
                 for p in data["parameters"]
             ),
             attention=tuple(_decode_attention(a) for a in data["attention"]),
-            mlps=tuple(MlpLayout(**_decode_pieces(m)) for m in data["mlps"]),
+            mlps=tuple(
+                MlpLayout(**_decode_pieces(m), block=str(m.get("block", "mlp"))) for m in data["mlps"]
+            ),
             # stores of earlier versions know neither
             experts=tuple(ExpertsLayout(**_decode_pieces(e)) for e in data.get("experts", ())),
             rows=tuple(
@@ -104,6 +106,11 @@ def check_partitions(layout: ModelLayout) -> None:
                 f"not a model layout: a partition of {partition.parameter!r} expects the shape "
                 f"{partition.shape}, the model has {shapes.get(partition.parameter)}"
             )
+
+
+def _encode_mlp(mlp: MlpLayout) -> dict[str, Any]:
+    """With the name of its block only where an adapter added it: other layouts stay as they were written."""
+    return _encode_pieces(mlp) | ({} if mlp.block == "mlp" else {"block": mlp.block})
 
 
 def _encode_pieces(module: MlpLayout | ExpertsLayout) -> dict[str, Any]:

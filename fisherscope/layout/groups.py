@@ -9,6 +9,7 @@ from typing import Literal
 
 import pandas as pd
 
+from fisherscope.layout.attention import role_of
 from fisherscope.layout.mlp import ExpertsLayout, MlpLayout, RowsLayout
 from fisherscope.layout.model import ModelLayout
 from fisherscope.layout.partition import Partition
@@ -25,7 +26,7 @@ class Group:
             and down column), "parameter" (a whole parameter), "expert" (one expert of a mixture) or "row"
             (an output feature of a linear map whose heads or channels are not described).
         stack, layer, block: place in the model; block is Q, K, V, O, "mlp", "experts", or the parameter's
-            kind.
+            kind; "Q.default" or "mlp.default" for what an adapter of that name adds.
         index: number of the head, channel, expert or row; -1 for a whole parameter.
         part: "weight" or "bias".
         parameter: the parameter's name; for a channel or an expert, the path of its module.
@@ -99,7 +100,7 @@ class GroupTable:
                     for head in range(len(partition))
                 )
         for mlp in layout.mlps:
-            _add_pieces("channel", "mlp", mlp, chosen, groups, members)
+            _add_pieces("channel", mlp.block, mlp, chosen, groups, members)
         for experts in layout.experts:
             _add_pieces("expert", "experts", experts, chosen, groups, members)
         for rows in layout.rows:
@@ -120,12 +121,13 @@ def _part_of(name: str) -> str:
 
 
 def _blocks(layout: ModelLayout) -> dict[str, tuple[str, str]]:
-    """Block and part of each parameter that lies in exactly one attention block (a fused one is "QKV")."""
+    """Block and part of each parameter that is cut into heads (of a fused one "QKV", or "QKV.default")."""
     names: dict[str, str] = {}
     for attention, block in layout.head_blocks():
         for partition in (block.weight, block.bias):
             if partition is not None:
-                names[partition.parameter] = names.get(partition.parameter, "") + block.name
+                before = role_of(names.get(partition.parameter, ""))
+                names[partition.parameter] = before + block.name
         # O's bias belongs to no head, but it does belong to the block
         if block.name == "O":
             names.setdefault(f"{attention.output}.bias", "O")

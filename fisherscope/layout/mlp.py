@@ -38,7 +38,12 @@ class MlpLayout(Pieces):
     ``weights`` and ``biases`` are partitions of width 1 with one piece per channel, those of the expanding
     projections in the order of the pattern (gate, then up), that of the contracting one last; its bias
     belongs to no channel.
+
+    What an adapter adds to an MLP is an entry of its own with the same channels, in as many of the
+    projections as the adapter has; its ``block`` is not "mlp" but "mlp.default", say.
     """
+
+    block: str = "mlp"
 
     @property
     def channels(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from fisherscope.layout.attention import KEY_VALUE_BLOCKS
+from fisherscope.layout.attention import KEY_VALUE_BLOCKS, role_of
 from fisherscope.layout.model import ModelLayout
 
 NOTE = "K and V repeat the value of the kv head that each query head uses: they are no further measurements"
@@ -30,7 +30,8 @@ def per_query_head(layout: ModelLayout, frame: pd.DataFrame) -> pd.DataFrame:
     users: list[list[int]] = []
     for stack, layer, block, number in rows[["stack", "layer", "block", head]].itertuples(index=False):
         attention = layout.attention_layer(int(layer), str(stack) or "decoder")
-        mine = attention.query_heads(int(number)) if block in KEY_VALUE_BLOCKS else range(number, number + 1)
+        grouped = role_of(block) in KEY_VALUE_BLOCKS
+        mine = attention.query_heads(int(number)) if grouped else range(number, number + 1)
         users.append(list(mine))
     repeated = rows.assign(query_head=pd.Series(users, index=rows.index, dtype=object))
     repeated["shared"] = [len(mine) for mine in users]

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 
 from fisherscope.adapters import resolve
-from fisherscope.layout import per_query_head
+from fisherscope.layout import (
+    GroupTable,
+    HeadBlock,
+    MlpLayout,
+    ModelLayout,
+    ParameterInfo,
+    Partition,
+    per_query_head,
+)
 from tests import models
 
 
@@ -53,6 +63,40 @@ def test_the_slice_of_a_query_head() -> None:
         layout.query_head_slice(0, "K", 4)
     with pytest.raises(IndexError, match="2 kv heads, asked for 2"):
         attention.query_heads(2)
+
+
+def test_blocks_of_adapters_have_the_heads_of_their_block() -> None:
+    """ "K.default" has kv heads as "K" has, in layouts, slices and tables; an MLP's block is kept in JSON."""
+    layout = resolve(models.build(models.named("llama")))
+    attention = layout.attention[0]
+    matrix = Partition.regular("B", (16, 3), 0, 2, 8)
+    block = HeadBlock("K.default", matrix)
+    assert block.role == "K"
+    attention = replace(attention, blocks=(*attention.blocks, block))
+    mlp = MlpLayout(0, "mlp", (Partition.regular("up.B", (40, 3), 0, 40, 1),), block="mlp.default")
+    infos = [ParameterInfo("B", (16, 3), "attention", 0), ParameterInfo("up.B", (40, 3), "mlp", 0)]
+    layout = replace(
+        layout,
+        attention=(attention, *layout.attention[1:]),
+        mlps=(*layout.mlps, mlp),
+        parameters=(*layout.parameters, *infos),
+    )
+    assert layout.query_head_slice(0, "K.default", 3) == matrix[1]
+    assert layout.flags("B") == {"per_group"}
+    frame = pd.DataFrame(
+        {"stack": "decoder", "layer": 0, "block": ["K.default", "Q.default"], "head": [1, 1]}
+    )
+    assert per_query_head(layout, frame)["query_head"].tolist() == [2, 3, 1]
+    assert ModelLayout.from_json(layout.to_json()) == layout
+    groups = GroupTable.build(layout, ["B", "up.B"]).frame()
+    assert groups.groupby(["kind", "block"]).size().to_dict() == {
+        ("channel", "mlp.default"): 40,
+        ("head", "K.default"): 2,
+        ("parameter", "K.default"): 1,
+        ("parameter", "mlp"): 1,
+    }
+    with pytest.raises(ValueError, match=r"V\.default has 3 heads, expected 2"):
+        replace(attention, blocks=(HeadBlock("V.default", Partition.regular("B", (24, 3), 0, 3, 8)),))
 
 
 def test_widths_of_latent_attention() -> None:
