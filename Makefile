@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 OLDEST_VENV ?= .venv-oldest
 EXTRAS ?= dev,docs
+# The extra "backpack", installed without its dependencies: they would bring torchvision.
+WITHOUT_DEPENDENCIES := backpack-for-pytorch einops unfoldNd
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -36,6 +38,7 @@ $(INSTALLED) $(OLDEST_INSTALLED): pyproject.toml constraints.txt
 	  || { echo "$(PYTHON) cannot make virtual environments (on Debian: apt-get install python3-venv)" >&2; exit 1; }
 	@echo "installing into $(@D): a few minutes, about 2 GB"
 	@$(@D)/bin/python -m pip install -qq -c constraints.txt -e '.[$(EXTRAS)]' $(PINNED)
+	@$(@D)/bin/python -m pip install -qq -c constraints.txt --no-deps $(WITHOUT_DEPENDENCIES)
 	@$(@D)/bin/python scripts/check_install.py
 	@touch $@
 

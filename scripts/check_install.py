@@ -1,4 +1,4 @@
-"""Check an installation: torch is the version that constraints.txt pins, and torchvision stayed out.
+"""Check an installation: what constraints.txt pins has that version, and torchvision stayed out.
 
 Exit status 1 and one line per fault otherwise. Imports nothing but the standard library.
 """
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+WITHOUT_DEPENDENCIES = ("backpack-for-pytorch", "einops", "unfoldNd")
 CONSTRAINTS = Path(__file__).resolve().parent.parent / "constraints.txt"
 
 
@@ -40,13 +41,21 @@ def faults(constraints: str, installed: Callable[[str], str]) -> list[str]:
         except PackageNotFoundError:
             return None
 
-    wanted, torch, torchvision = pinned(constraints, "torch"), find("torch"), find("torchvision")
+    def differs(package: str, remedy: str) -> list[str]:
+        wanted, version = pinned(constraints, package), find(package)
+        if version is None:
+            return [f"{package} is not installed, constraints.txt pins {wanted}: {remedy}"]
+        # a local suffix such as +cpu names the build, not the version
+        if version.partition("+")[0] != wanted:
+            return [f"{package} is {version}, constraints.txt pins {wanted}: {remedy}"]
+        return []
+
+    without = f"`pip install -c constraints.txt --no-deps {' '.join(WITHOUT_DEPENDENCIES)}`"
     again = "make an environment anew (make clean-env) and install with `pip install -c constraints.txt`"
-    found = []
-    if torch is None:
-        found.append(f"torch is not installed, constraints.txt pins {wanted}: {again}")
-    elif torch.partition("+")[0] != wanted:  # a local suffix such as +cpu names the build, not the version
-        found.append(f"torch is {torch}, constraints.txt pins {wanted}: {again}")
+    found = differs("torch", again)
+    for package in WITHOUT_DEPENDENCIES:
+        found += differs(package, without)
+    torchvision = find("torchvision")
     if torchvision is not None:
         found.append(
             f"torchvision {torchvision} is installed: beside another build of torch it breaks transformers, "

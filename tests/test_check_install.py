@@ -1,4 +1,4 @@
-"""The check that follows every install finds a wrong torch and a torchvision that slipped in."""
+"""The check that follows every install finds wrong versions and a torchvision that slipped in."""
 
 import importlib.util
 import re
@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "check_install.py"
-PIN = "# comment\ntorch==2.13.0\n"
+PIN = "# comment\ntorch==2.13.0\nbackpack-for-pytorch==1.7.1\neinops==0.8.2\nunfoldNd==0.2.3\n"
+BACKPACK = {"backpack-for-pytorch": "1.7.1", "einops": "0.8.2", "unfoldNd": "0.2.3"}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def environment(**packages):
 @pytest.mark.parametrize("torch", ["2.13.0", "2.13.0+cpu", "2.13.0+cu130"])
 def test_right_installations(script, torch):
     """The pinned version passes, whatever its build is called."""
-    assert script.faults(PIN, environment(torch=torch)) == []
+    assert script.faults(PIN, environment(torch=torch, **BACKPACK)) == []
 
 
 @pytest.mark.parametrize(
@@ -45,9 +46,19 @@ def test_right_installations(script, torch):
 )
 def test_wrong_installations(script, packages, message):
     """Each fault is named together with what to do about it."""
-    (fault,) = script.faults(PIN, environment(**packages))
+    (fault,) = script.faults(PIN, environment(**(BACKPACK | packages)))
     assert re.search(message, fault)
     assert "pip install -c constraints.txt" in fault
+
+
+@pytest.mark.parametrize("version", [None, "1.6.0"])
+def test_backpack_is_installed_without_its_dependencies(script, version):
+    """A missing or wrong BackPACK is a fault, and the remedy is the install that leaves torchvision out."""
+    packages = {"torch": "2.13.0"} | BACKPACK | {"backpack-for-pytorch": version}
+    installed = {name: found for name, found in packages.items() if found}
+    (fault,) = script.faults(PIN, environment(**installed))
+    assert fault.startswith("backpack-for-pytorch is ")
+    assert "--no-deps backpack-for-pytorch einops unfoldNd" in fault
 
 
 def test_this_environment(script):
