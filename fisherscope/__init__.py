@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fisherscope.adapters import register_adapter
     from fisherscope.analyses import AnalyzeConfig, register_analysis
-    from fisherscope.instrument.extensions import ExactPerToken, Fisher, SampleGradients, register_extension
+    from fisherscope.instrument.extensions import (
+        ExactPerToken,
+        Fisher,
+        Kronecker,
+        Positions,
+        SampleGradients,
+        register_extension,
+    )
     from fisherscope.instrument.objectives import Objective, Predictions
     from fisherscope.instrument.rules import register_rule
     from fisherscope.instrument.scope import Scope, wrap
@@ -28,7 +35,9 @@ _HOMES = {
     "ContributionStore": "fisherscope.store",
     "ExactPerToken": "fisherscope.instrument.extensions",
     "Fisher": "fisherscope.instrument.extensions",
+    "Kronecker": "fisherscope.instrument.extensions",
     "Objective": "fisherscope.instrument.objectives",
+    "Positions": "fisherscope.instrument.extensions",
     "Predictions": "fisherscope.instrument.objectives",
     "Report": "fisherscope.report",
     "SampleGradients": "fisherscope.instrument.extensions",
@@ -49,7 +58,9 @@ __all__ = [
     "ContributionStore",
     "ExactPerToken",
     "Fisher",
+    "Kronecker",
     "Objective",
+    "Positions",
     "Predictions",
     "Report",
     "SampleGradients",

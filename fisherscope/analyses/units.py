@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from fisherscope.layout import BLOCKS, GroupTable, ModelLayout
+from fisherscope.layout.attention import role_of as role_of  # noqa: PLC0414 - reports see analyses alone
 
 COLUMNS = ["kind", "stack", "layer", "block", "index", "part", "parameter", "size"]
 

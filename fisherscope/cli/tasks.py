@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
-    from fisherscope.instrument.batch import BatchSize
+    from fisherscope.instrument.options import BatchSize
 
 
 def parse_tasks(values: Sequence[str]) -> dict[str, Path]:

@@ -1,4 +1,4 @@
-"""Batches: a fixed plan over the full list of samples, and padding."""
+"""Samples padded into batches."""
 
 from __future__ import annotations
 
@@ -12,11 +12,6 @@ from torch import Tensor
 from fisherscope.instrument.data import Sample
 
 IGNORE = -100
-_AUTO_POSITIONS = {"cpu": 4096}
-_AUTO_POSITIONS_ACCELERATOR = 16384
-_AUTO_ROWS = 128
-
-BatchSize = int | Literal["auto"]
 
 
 @dataclass(frozen=True)
@@ -54,45 +49,6 @@ class Batch:
     def sample_id(self, index: int) -> str:
         """Id of the sample at that place of the batch, such as "math_7"."""
         return f"{self.task}_{self.rows[index]}"
-
-
-def auto_positions(device: torch.device) -> int:
-    """Padded positions per batch where the batch size is "auto"."""
-    return _AUTO_POSITIONS.get(device.type, _AUTO_POSITIONS_ACCELERATOR)
-
-
-def plan_batches(
-    lengths: Sequence[int], batch_size: BatchSize, device: torch.device
-) -> list[tuple[int, ...]]:
-    """Cut the rows of a task into batches of similar length.
-
-    The plan depends on the full list of lengths and the setting alone, so a resumed run makes the very
-    batches of an uninterrupted one.
-
-    Args:
-        lengths: length of every sample, in row order.
-        batch_size: samples per batch, or "auto": as many as fit a fixed budget of padded positions.
-        device: where the model is; it sets the budget of "auto".
-
-    Returns:
-        Row numbers of each batch.
-    """
-    budget = auto_positions(device)
-    order = sorted(range(len(lengths)), key=lambda row: (lengths[row], row))
-    batches: list[list[int]] = []
-    for row in order:
-        if batches:
-            grown = len(batches[-1]) + 1
-            fits = (
-                grown <= batch_size
-                if batch_size != "auto"
-                else (grown <= _AUTO_ROWS and grown * lengths[row] <= budget)
-            )
-            if fits:
-                batches[-1].append(row)
-                continue
-        batches.append([row])
-    return [tuple(batch) for batch in batches]
 
 
 def make_batch(

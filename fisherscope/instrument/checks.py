@@ -109,7 +109,8 @@ def check_independence(alone: Tensor, together: Tensor, sample: str, dtype: torc
         raise CoupledSamplesError(
             f"the gradient of {sample} changes by {difference:.1%} with the other samples of its batch: "
             "something couples them (batch normalisation, a loss over the whole batch, position ids that "
-            "ignore padding), so per-sample gradients do not exist; use batch_size=1 or remove the coupling"
+            "ignore padding), so per-sample gradients do not exist; use batch_size=1, remove the coupling, "
+            "or pass force=True"
         )
 
 

@@ -6,23 +6,24 @@ import shlex
 import signal
 import sys
 import time
+import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
-import numpy as np
 import torch
+from torch import Tensor
 
-from fisherscope.errors import Interrupted, StoreError
-from fisherscope.instrument.batch import Batch, make_batch
-from fisherscope.instrument.checks import check_against_autograd, check_independence, check_rows
-from fisherscope.instrument.data import Sample
-from fisherscope.instrument.extensions import Collector, Extension
-from fisherscope.instrument.extensions.base import Context
+from fisherscope.errors import FisherscopeError, Interrupted, StoreError
+from fisherscope.instrument.checks import check_rows
+from fisherscope.instrument.extensions import Collector
 from fisherscope.instrument.extensions.group_values import GroupValues
-from fisherscope.instrument.passes import BatchPass
+from fisherscope.instrument.first_checks import check_gradients, compute_error
+from fisherscope.instrument.memory import is_out_of_memory, release
+from fisherscope.instrument.planning import RunPlan, TaskPlan
 from fisherscope.instrument.progress import Progress
+from fisherscope.instrument.sample_rows import put_samples, ragged_lengths
 from fisherscope.instrument.signals import StopRequest
 from fisherscope.store import SegmentWriter, StoreWriter
 
@@ -31,63 +32,43 @@ _SEGMENT_BATCHES = 16
 _SNAPSHOT_SHARE = 0.1
 
 
-@dataclass(frozen=True)
-class TaskPlan:
-    """One task and its batches.
-
-    Attributes:
-        name: of the task.
-        samples: in row order.
-        batches: row numbers of each batch.
-    """
-
-    name: str
-    samples: Sequence[Sample]
-    batches: Sequence[tuple[int, ...]]
-
-
 @dataclass
 class Collection:
     """Everything that one run of the loop needs.
 
     Attributes:
-        batch_pass: runs a batch.
-        context: what collectors may know.
-        extensions: the quantities to collect.
+        plan: what is to be done.
         writer: the open store.
-        pad_id, pad_side: how batches are padded.
-        store_text: whether the texts of samples are written.
-        row_bytes: bytes that one sample takes in the store, for sealing segments by size.
         stop: set by a signal.
         progress: told about every batch.
-        independence_tolerance_dtype: dtype of the model's weights.
+        model_dtype: dtype of the model's weights, or that of the user's autocast.
+        constants: arrays that hold for the whole store.
     """
 
-    batch_pass: BatchPass
-    context: Context
-    extensions: Sequence[Extension]
+    plan: RunPlan
     writer: StoreWriter
-    pad_id: int
-    pad_side: Literal["left", "right"]
-    store_text: bool
-    row_bytes: int
     stop: StopRequest
     progress: Progress
     model_dtype: torch.dtype
+    constants: dict[str, Tensor]
     _snapshot_seconds: float = field(default=0.0, init=False)
     _snapshot_at: float = field(default_factory=time.monotonic, init=False)
+    _parts: int = field(default=1, init=False)
+    _applied: list[int] = field(default_factory=list, init=False)
 
-    def run(self, plans: Sequence[TaskPlan]) -> None:
+    def run(self) -> None:
         """Collect every task that is not complete.
 
         Raises:
             Interrupted: a signal asked to stop; what was done is committed.
         """
-        for plan in plans:
-            self.writer.declare_task(plan.name, [sample.key for sample in plan.samples])
-        self._check_gradients(plans)
-        for plan in plans:
-            self._run_task(plan)
+        for task in self.plan.tasks:
+            self.writer.declare_task(task.name, [sample.key for sample in task.samples])
+        if new := [task for task in self.plan.tasks if not self.writer.committed_rows(task.name)]:
+            check_gradients(self.plan, new, self.model_dtype)
+        self.writer.constants(self.constants | compute_error(self.plan))
+        for task in self.plan.tasks:
+            self._run_task(task)
         if self.stop.signal is not None:
             raise Interrupted(
                 f"stopped by {signal.Signals(self.stop.signal).name} after the last batch: "
@@ -98,6 +79,7 @@ class Collection:
     def _run_task(self, plan: TaskPlan) -> None:
         committed = self.writer.committed_rows(plan.name)
         collectors, covered = self._collectors(plan)
+        self._applied.clear()
         pending = [b for b in range(len(plan.batches)) if b not in covered]
         done = len(covered)
         self.progress.advance(plan.name, sum(len(plan.batches[b]) for b in covered), 0)
@@ -126,8 +108,8 @@ class Collection:
     def _collectors(self, plan: TaskPlan) -> tuple[list[Collector], set[int]]:
         """Collectors for a task, with the state of its last snapshot, and the batches which that covers."""
         # group values go last: extensions before them may fill their sinks in the shared pass
-        collectors = [c for extension in self.extensions for c in extension.collectors(self.context)]
-        collectors.append(GroupValues(self.context))
+        collectors = self.plan.collectors()
+        collectors.append(GroupValues(self.plan.context))
         snapshot = self.writer.load_snapshot(plan.name)
         if snapshot is None:
             return collectors, set()
@@ -141,31 +123,23 @@ class Collection:
         size = 0
         for b in batches:
             group.append(b)
-            size += self.row_bytes * len(plan.batches[b])
+            size += self.plan.estimate.bytes_per_sample * len(plan.batches[b])
             if size >= _SEGMENT_BYTES or len(group) >= _SEGMENT_BATCHES:
                 yield group
                 group, size = [], 0
         if group:
             yield group
 
-    def _lengths(self, plan: TaskPlan, rows: Sequence[int]) -> dict[str, list[int]]:
-        """How many entries each sample has of what samples have differently many of."""
-        samples = [plan.samples[row] for row in rows]
-        lengths = {"ids": [len(s.input_ids) for s in samples], "labels": [len(s.labels) for s in samples]}
-        if any(s.token_types is not None for s in plan.samples):
-            lengths["types"] = [len(s.token_types or ()) for s in samples]
-        if self.store_text:
-            lengths["text"] = [len((s.text or "").encode()) for s in samples]
-        return lengths
-
-    def _run_segment(self, plan: TaskPlan, group: Sequence[int], collectors: Sequence[Collector]) -> int:
+    def _run_segment(self, plan: TaskPlan, group: Sequence[int], collectors: list[Collector]) -> int:
         """Run and commit some batches; fewer than asked when a signal arrives.
 
         Returns:
             Batches done.
         """
         rows = [row for b in group for row in plan.batches[b]]
-        segment = self.writer.segment(plan.name, rows, ragged=self._lengths(plan, rows))
+        segment = self.writer.segment(
+            plan.name, rows, ragged=ragged_lengths(plan, rows, store_text=self.plan.options.store_text)
+        )
         start = done = 0
         try:
             for b in group:
@@ -184,43 +158,88 @@ class Collection:
         self,
         plan: TaskPlan,
         number: int,
+        collectors: list[Collector],
+        segment: SegmentWriter | None,
+        start: int,
+    ) -> None:
+        """Run a batch, in smaller parts once memory has run out."""
+        done = self._attempt(plan, number, collectors, segment, start)
+        while not done:
+            self._halve(plan, number)
+            # some parameters have had the samples of the batch that failed: begin at the last snapshot again
+            collectors.clear()
+            fresh, covered = self._collectors(plan)
+            collectors.extend(fresh)
+            redo = [b for b in self._applied if b not in covered]
+            done = all(self._attempt(plan, b, collectors, None, 0) for b in redo) and self._attempt(
+                plan, number, collectors, segment, start
+            )
+        self._applied.append(number)
+        self.progress.advance(plan.name, len(plan.batches[number]), self.writer.bytes_written)
+
+    def _attempt(
+        self,
+        plan: TaskPlan,
+        number: int,
+        collectors: Sequence[Collector],
+        segment: SegmentWriter | None,
+        start: int,
+    ) -> bool:
+        """Run a batch; False if memory does not suffice."""
+        rows = plan.batches[number]
+        size = -(-len(rows) // self._parts)
+        try:
+            for first in range(0, len(rows), size):
+                self._run_rows(plan, rows[first : first + size], collectors, segment, start + first)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            # what the frames of the failed pass hold goes with them
+            traceback.clear_frames(error.__traceback__)
+        else:
+            return True
+        release(self.plan.context.device)
+        return False
+
+    def _halve(self, plan: TaskPlan, number: int) -> None:
+        """Run batches in twice as many parts from now on.
+
+        Raises:
+            FisherscopeError: a single sample is too large.
+        """
+        rows = plan.batches[number]
+        size = -(-len(rows) // self._parts)
+        if size == 1:
+            longest = max(plan.samples[row].length for row in rows)
+            raise FisherscopeError(
+                f"memory does not suffice for one sample: {plan.name}_{rows[0]} has {longest} positions. Cut "
+                "samples with max_length, enable gradient checkpointing, instrument fewer parameters, or "
+                'use Fisher(shape="groups")'
+            )
+        self._parts *= 2
+        smaller = -(-len(rows) // self._parts)
+        warnings.warn(
+            f"memory ran out with {size} samples of task {plan.name!r} at once: going on with {smaller}. "
+            "memory_budget or batch_size set smaller batches from the start",
+            stacklevel=2,
+        )
+
+    def _run_rows(
+        self,
+        plan: TaskPlan,
+        rows: Sequence[int],
         collectors: Sequence[Collector],
         segment: SegmentWriter | None,
         start: int,
     ) -> None:
-        rows = plan.batches[number]
-        batch = self._batch(plan, rows)
-        losses = self.batch_pass.run(batch, collectors, segment, start)
+        batch = self.plan.batch(plan, rows)
+        losses = self.plan.batch_pass.run(batch, collectors, segment, start)
         values = collectors[-1]
         if isinstance(values, GroupValues):
-            groups = self.context.groups.groups
+            groups = self.plan.context.groups.groups
             check_rows(values.square, lambda g: groups[g].parameter, batch)
         if segment is not None:
-            samples = [plan.samples[row] for row in rows]
-            segment.put("sample/row", start, np.array(rows, dtype=np.int64))
-            segment.put("sample/length", start, np.array([s.length for s in samples], dtype=np.int32))
-            segment.put("sample/tokens", start, np.array([s.tokens for s in samples], dtype=np.int32))
-            segment.put("sample/truncated", start, np.array([s.truncated for s in samples], dtype=np.int32))
-            segment.put("sample/loss", start, losses.numpy())
-            segment.put_ragged("ids/input", start, [np.array(s.input_ids, dtype=np.int32) for s in samples])
-            segment.put_ragged("labels/ids", start, [np.array(s.labels, dtype=np.int32) for s in samples])
-            if any(s.token_types is not None for s in plan.samples):
-                types = [np.array(s.token_types or (), dtype=np.int32) for s in samples]
-                segment.put_ragged("types/ids", start, types)
-            if self.store_text:
-                texts = [np.frombuffer((s.text or "").encode(), dtype=np.uint8) for s in samples]
-                segment.put_ragged("text/bytes", start, texts)
-        self.progress.advance(plan.name, len(rows), self.writer.bytes_written)
-
-    def _batch(self, plan: TaskPlan, rows: Sequence[int]) -> Batch:
-        return make_batch(
-            plan.name,
-            rows,
-            plan.samples,
-            pad_id=self.pad_id,
-            side=self.pad_side,
-            device=self.context.device,
-        )
+            put_samples(segment, start, plan, rows, losses, store_text=self.plan.options.store_text)
 
     def _snapshot_is_due(self) -> bool:
         """Snapshots may take a tenth of the run's time."""
@@ -247,36 +266,6 @@ class Collection:
             f"{self.writer.path}. The same command resumes: {resume_command()}",
             self.stop.signal,
         )
-
-    def _check_gradients(self, plans: Sequence[TaskPlan]) -> None:
-        """Once: a sample has the gradient that autograd finds, and the same beside a longer one."""
-        batches = [
-            (plan, batch)
-            for plan in plans
-            for batch in plan.batches
-            if not self.writer.committed_rows(plan.name)
-        ]
-        if not batches:
-            return
-        # padding is what couples samples most often: take the planned batch with the most of it
-        plan, rows = max(batches, key=lambda b: (len(b[1]) > 1, _spread(*b)))
-        sample = f"{plan.name}_{rows[0]}"
-        groups = self.context.groups.groups
-        values = GroupValues(self.context)
-        single = self._batch(plan, rows[:1])
-        self.batch_pass.run(single, [values])
-        alone = values.square[0].double().cpu()
-        reference = self.batch_pass.by_autograd(single)
-        coarser = max(self.model_dtype, self.batch_pass.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-        check_against_autograd(alone, reference, lambda g: groups[g].parameter, sample, coarser)
-        if len(rows) > 1:
-            self.batch_pass.run(self._batch(plan, (rows[0], rows[-1])), [values])
-            check_independence(alone, values.square[0].double().cpu(), sample, self.model_dtype)
-
-
-def _spread(plan: TaskPlan, batch: Sequence[int]) -> int:
-    """Padding of the batch's shortest sample; batches are sorted by length."""
-    return plan.samples[batch[-1]].length - plan.samples[batch[0]].length
 
 
 def resume_command() -> str:

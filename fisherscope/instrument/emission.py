@@ -8,6 +8,7 @@ from functools import cached_property
 from torch import Tensor
 
 from fisherscope.instrument.batch import Batch
+from fisherscope.instrument.by_position import ByPosition, LinearMaps, NotByPosition
 from fisherscope.layout import Member
 from fisherscope.linalg import Dense, PerSampleGradient
 
@@ -38,6 +39,7 @@ class Emission:
         factors: h_i = factors_i g_i, ``[n]``.
         sinks: accumulators to fill in the one pass over the gradients.
         want_dense: whether somebody needs the gradients themselves; they are then formed once.
+        linear_maps: tells whether the parameter is the weight of a linear map.
     """
 
     parameter: str
@@ -48,6 +50,12 @@ class Emission:
     factors: Tensor
     sinks: Sinks
     want_dense: bool
+    linear_maps: LinearMaps
+
+    @cached_property
+    def by_position(self) -> ByPosition | NotByPosition:
+        """What the linear map was given and what came back, or why there is no such thing."""
+        return self.linear_maps.split(self.parameter, self.gradient, self.batch)
 
     @cached_property
     def dense(self) -> Tensor:

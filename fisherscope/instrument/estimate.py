@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fisherscope.instrument.data import Sample
+from fisherscope.instrument.extensions import ExactPerToken, Fisher, Kronecker, Positions
+from fisherscope.instrument.options import CollectOptions
 from fisherscope.layout import ModelLayout
 from fisherscope.store.size import bytes_per_sample, snapshot_bytes
 
@@ -21,7 +23,10 @@ class Estimate:
         gradient_bytes_per_sample: the part of it that is signed gradients.
         aggregate_bytes: Fisher and mean of all tasks together, as stored.
         disk_bytes: the whole store, with room for a second snapshot while one replaces another.
-        accumulator_bytes: memory of the accumulators, beside the model and a batch's activations.
+        accumulator_bytes: memory of the accumulators.
+        memory_bytes: the most that the run takes beside the model: accumulators, and the largest batch. 0
+            where the user sets the size of batches and nothing was measured.
+        seconds: how long the run takes, measured on some of its batches; None where nothing was.
     """
 
     samples: int
@@ -30,6 +35,12 @@ class Estimate:
     aggregate_bytes: int
     disk_bytes: int
     accumulator_bytes: int
+    memory_bytes: int = 0
+    seconds: float | None = None
+
+    def with_memory(self, memory_bytes: int) -> Estimate:
+        """The same with what the largest batch takes."""
+        return replace(self, memory_bytes=memory_bytes)
 
     def __str__(self) -> str:
         def show(n: int) -> str:
@@ -39,39 +50,59 @@ class Estimate:
             f"{self.samples} samples x {show(self.bytes_per_sample)} "
             f"(gradients {show(self.gradient_bytes_per_sample)}) + aggregates {show(self.aggregate_bytes)} "
             f"= {show(self.disk_bytes)} on disk, {show(self.accumulator_bytes)} of accumulators"
+            + (f", {show(self.memory_bytes)} of memory with a batch" if self.memory_bytes else "")
+            + ("" if self.seconds is None else f", {_duration(self.seconds)}")
         )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def estimate_bytes(
     layout: ModelLayout,
-    parameters: Sequence[str],
-    gradient_parameters: Sequence[str],
-    *,
-    gradient_dtype: str,
-    full_fisher: bool,
+    parameters: tuple[str, ...],
+    options: CollectOptions,
     samples: Mapping[str, Sequence[Sample]],
-    store_text: bool,
 ) -> Estimate:
     """Sizes of the store that these samples would make, up to page alignment and journal lines."""
-    count = sum(len(rows) for rows in samples.values())
     every = [sample for rows in samples.values() for sample in rows]
+    count = max(len(every), 1)
+    gradients, fisher = options.sample_gradients, options.fisher
+    positions, kronecker = options.one_of(Positions), options.one_of(Kronecker)
     sizes = bytes_per_sample(
         layout,
         parameters,
-        gradient_parameters,
-        gradient_dtype,
-        mean_tokens=sum(sample.length for sample in every) / max(count, 1),
-        mean_labels=sum(len(sample.labels) for sample in every) / max(count, 1),
-        mean_text_bytes=sum(len((s.text or "").encode()) for s in every) / max(count, 1) * store_text,
+        gradients.chosen(layout, parameters) if gradients else (),
+        gradients.dtype if gradients else "bfloat16",
+        mean_tokens=sum(sample.length for sample in every) / count,
+        mean_labels=sum(len(sample.labels) for sample in every) / count,
+        mean_text_bytes=sum(len((s.text or "").encode()) for s in every) / count * options.store_text,
+        position_parameters=positions.chosen(layout, parameters) if positions else (),
     )
-    snapshot = int(
-        snapshot_bytes(layout, parameters, fisher_shape="full" if full_fisher else "groups")["total"]
+    full = {
+        source
+        for extension in (fisher, options.one_of(ExactPerToken))
+        if extension is not None and extension.shape == "full"
+        for source in (extension.labels if isinstance(extension, Fisher) else (extension.name,))
+    }
+    snapshot = snapshot_bytes(
+        layout,
+        parameters,
+        fisher_shape="full" if full else "groups",
+        labels=sorted(full),
+        mean="data" in full,
+        kronecker=kronecker.chosen(layout, parameters) if kronecker else (),
     )
+    aggregates = math.ceil(snapshot["total"])
     return Estimate(
-        samples=count,
+        samples=len(every),
         bytes_per_sample=math.ceil(sizes["total"]),
         gradient_bytes_per_sample=int(sizes["gradients"]),
-        aggregate_bytes=snapshot * len(samples),
-        disk_bytes=math.ceil(count * sizes["total"]) + snapshot * (len(samples) + 1),
-        accumulator_bytes=snapshot,
+        aggregate_bytes=aggregates * len(samples),
+        disk_bytes=math.ceil(len(every) * sizes["total"]) + aggregates * (len(samples) + 1),
+        accumulator_bytes=aggregates,
     )

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from fisherscope.errors import StoreError, StoreFullError
+from fisherscope.errors import CoverageError, StoreError, StoreFullError
 from fisherscope.instrument.estimate import Estimate
 from fisherscope.store import open_store
 
@@ -24,6 +25,21 @@ def nothing_half_written(path: Path) -> Iterator[None]:
         if is_new and path.is_dir() and not _has_samples(path):
             shutil.rmtree(path)
         raise
+
+
+def refuse_changed_gradients(model: nn.Module) -> None:
+    """Hooks on parameters clip or rescale gradients, which then are gradients of no loss.
+
+    Raises:
+        CoverageError: a parameter has such a hook.
+    """
+    hooked = [name for name, parameter in model.named_parameters() if parameter._backward_hooks]
+    if hooked:
+        raise CoverageError(
+            f"hooks on {', '.join(hooked[:3])}{', ...' if len(hooked) > 3 else ''} ({len(hooked)} "
+            "parameters) change gradients, as clipping does: what is collected are gradients of the loss, so "
+            "remove the hooks (the handles that parameter.register_hook returned) first"
+        )
 
 
 def _has_samples(path: Path) -> bool:

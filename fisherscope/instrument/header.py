@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fisherscope.instrument.batch import auto_positions
+from fisherscope.instrument.extensions import Positions
 from fisherscope.instrument.fingerprint import config_digest, digest, tokenizer_digest, weights_digest
+from fisherscope.instrument.limits import BatchLimits
 from fisherscope.instrument.options import CollectOptions
 from fisherscope.layout import ModelLayout
 from fisherscope.store import StoreHeader
@@ -24,6 +25,7 @@ def make_header(
     *,
     objective: str,
     pad_side: str,
+    limits: BatchLimits,
     device: torch.device,
     dtype: torch.dtype,
 ) -> StoreHeader:
@@ -37,12 +39,14 @@ def make_header(
         options: of the collection.
         objective: identity of the objective.
         pad_side: where batches are padded.
+        limits: of batches.
         device, dtype: of the model's embeddings.
 
     Raises:
         NonFiniteError: a weight is NaN or infinite.
     """
     gradients, fisher = options.sample_gradients, options.fisher
+    positions = options.one_of(Positions)
     identity = options.identity()
     fingerprint = {
         "weights": weights_digest(model),
@@ -54,7 +58,9 @@ def make_header(
         "device": device.type,
         "pad_side": pad_side,
         # the plan of batches follows from this, the batch size and the samples
-        "batch_positions": auto_positions(device),
+        "batch_positions": limits.positions,
+        "batch_rows": limits.rows,
+        "autocast": autocast_dtype(device),
         **identity,
     }
     return StoreHeader(
@@ -65,9 +71,17 @@ def make_header(
         gradient_dtype=gradients.dtype if gradients else "bfloat16",
         normalization="per_token" if fisher is None else fisher.normalization,
         fisher_shape="groups" if fisher is None else fisher.shape,
+        position_parameters=positions.chosen(layout, parameters) if positions else (),
         options=identity | {"objective": objective, "max_samples": options.max_samples},
         provenance=_provenance(model, device, dtype),
     )
+
+
+def autocast_dtype(device: torch.device) -> str | None:
+    """In what the user has the forward pass run, where that is not the model's own dtype."""
+    if not torch.is_autocast_enabled(device.type):
+        return None
+    return str(torch.get_autocast_dtype(device.type)).removeprefix("torch.")
 
 
 def _provenance(model: nn.Module, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

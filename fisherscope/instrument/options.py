@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
-from fisherscope.instrument.batch import BatchSize
-from fisherscope.instrument.extensions import Extension, Fisher, SampleGradients, resolve_extensions
+from fisherscope.instrument.extensions import (
+    Extension,
+    Fisher,
+    SampleGradients,
+    resolve_extensions,
+)
+from fisherscope.instrument.memory import parse_bytes
 from fisherscope.instrument.objectives import Objective, Predict
 
+_Kind = TypeVar("_Kind", bound=Extension)
+
+BatchSize = int | Literal["auto"]
 ComputeDtype = Literal["float32", "float64", "bfloat16"]
 Durability = Literal["power", "process", "none"]
 
@@ -25,12 +33,14 @@ class CollectOptions:
     max_length: int | None = None
     max_samples: int | None = None
     batch_size: BatchSize = "auto"
+    memory_budget: int | str | None = None
     compute_dtype: ComputeDtype = "float32"
     store_text: bool = True
     durability: Durability = "power"
     deterministic: bool = False
     resume: bool = True
     seed: int = 0
+    force: bool = False
     quiet: bool = False
 
     def __post_init__(self) -> None:
@@ -40,6 +50,10 @@ class CollectOptions:
                 raise ValueError(f"{name} must be a positive number or None, got {value}")
         if self.batch_size != "auto" and (type(self.batch_size) is not int or self.batch_size < 1):
             raise ValueError(f"batch_size must be a positive number or 'auto', got {self.batch_size!r}")
+        if self.memory_budget is not None:
+            if self.batch_size != "auto":
+                raise ValueError("memory_budget chooses the size of batches: leave batch_size at 'auto'")
+            object.__setattr__(self, "memory_budget", parse_bytes(self.memory_budget))
         if self.compute_dtype not in {"float32", "float64", "bfloat16"}:
             raise ValueError(
                 f"compute_dtype={self.compute_dtype!r}: use 'float32', 'float64' or 'bfloat16'; "
@@ -57,12 +71,16 @@ class CollectOptions:
     @property
     def fisher(self) -> Fisher | None:
         """Options of the Fisher extension, None where it is not collected."""
-        return next((e for e in self.resolved if isinstance(e, Fisher)), None)
+        return self.one_of(Fisher)
 
     @property
     def sample_gradients(self) -> SampleGradients | None:
         """Options of the stored gradients, None where they are not collected."""
-        return next((e for e in self.resolved if isinstance(e, SampleGradients)), None)
+        return self.one_of(SampleGradients)
+
+    def one_of(self, kind: type[_Kind]) -> _Kind | None:
+        """The extension of that type, None where it is not asked for."""
+        return next((e for e in self.resolved if isinstance(e, kind)), None)
 
     @property
     def torch_dtype(self) -> torch.dtype:

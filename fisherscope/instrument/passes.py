@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fisherscope.adapters.modules import output_axis
 from fisherscope.errors import FisherscopeError
 from fisherscope.instrument.batch import Batch
+from fisherscope.instrument.by_position import LinearMaps
 from fisherscope.instrument.checks import check_losses
 from fisherscope.instrument.emission import Emission, Sinks
 from fisherscope.instrument.extensions.base import Collector, Context
@@ -31,6 +32,7 @@ class BatchPass:
     """Runs batches of one model; to be used inside :func:`~fisherscope.instrument.prepared.prepared`.
 
     Attributes:
+        model: the model.
         dtype: in which rules multiply.
     """
 
@@ -45,13 +47,15 @@ class BatchPass:
         seed: int = 0,
     ) -> None:
         """Nothing is hooked before :meth:`run`."""
+        self.model = model
+        self._targets = targets
         self._seed = seed
-        self._model = model
         self._objective = objective
         self._context = context
         self._tap = GradientTap(
             targets, self._emit, compute_dtype, input_cut=_sites_cut_on_the_input(targets, context.groups)
         )
+        self._linear_maps = LinearMaps(targets, context.layout, objective.labelling)
         self.dtype = compute_dtype
         self._collectors: Sequence[Collector] = ()
         self._batch: Batch | None = None
@@ -59,6 +63,10 @@ class BatchPass:
         self._segment: SegmentWriter | None = None
         self._start = 0
         self._emitted: set[str] = set()
+
+    def computing_in(self, dtype: torch.dtype) -> BatchPass:
+        """The same with another compute dtype."""
+        return BatchPass(self.model, self._targets, self._objective, self._context, dtype, seed=self._seed)
 
     def run(
         self,
@@ -85,9 +93,9 @@ class BatchPass:
         for collector in collectors:
             collector.begin(len(batch))
         with self._tap.attached(len(batch), batch.positions):
-            found = self._objective.predict(self._model, batch)
+            found = self._objective.predict(self.model, batch)
             losses = found.losses(len(batch)) if isinstance(found, Predictions) else found
-            check_losses(losses, self._model, self._objective, batch)
+            check_losses(losses, self.model, self._objective, batch)
             self._backward(losses, by_data, self._normalization(batch), keep_graph=bool(others))
             for collector in others:
                 self._further_passes(collector, found, batch)
@@ -99,8 +107,8 @@ class BatchPass:
         """The backward passes of one label source, over the graph that there is."""
         if not isinstance(found, Predictions):
             raise FisherscopeError(
-                f"labels={collector.labels!r} needs to know what the model predicts: let the objective return "
-                "a fisherscope.Predictions in place of losses"
+                f"labels={collector.labels!r} needs to know what the model predicts: let the objective "
+                "return a fisherscope.Predictions in place of losses"
             )
         normalization = self._normalization(batch)
         per_token = torch.from_numpy(factors(batch.tokens.cpu(), "per_token")).float()
@@ -115,7 +123,9 @@ class BatchPass:
         assert self._batch is not None
         self._collectors, self._factors = collectors, weights
         self._emitted.clear()
-        self._tap.backward(losses.sum(), keep_graph=keep_graph)
+        # the products are the rules' own: what the user's autocast is for is the model's forward pass
+        with torch.autocast(losses.device.type, enabled=False):
+            self._tap.backward(losses.sum(), keep_graph=keep_graph)
         for name in self._context.parameters.keys() - self._emitted:
             # not on the path from the input to the loss: its gradient is zero, and that is a value
             parameter = self._context.parameters[name]
@@ -125,10 +135,15 @@ class BatchPass:
     def _normalization(self, batch: Batch) -> Tensor:
         return torch.from_numpy(factors(batch.tokens.cpu(), self._context.normalization)).float()
 
+    def forward(self, batch: Batch) -> Predictions | Tensor:
+        """The forward pass alone, with all that it keeps for a backward pass."""
+        with self._tap.attached(len(batch), batch.positions):
+            return self._objective.predict(self.model, batch)
+
     def by_autograd(self, batch: Batch) -> Tensor:
         """``sum g ** 2`` of each group for a batch of one sample, ``[groups]``, by an ordinary backward."""
         return group_squares(
-            self._model, self._objective, batch, self._context.parameters, self._context.groups
+            self.model, self._objective, batch, self._context.parameters, self._context.groups
         )
 
     def _emit(self, name: str, gradient: PerSampleGradient) -> None:
@@ -144,6 +159,7 @@ class BatchPass:
             factors=self._factors.to(gradient.device),
             sinks=_only(collector.sinks(name) for collector in self._collectors),
             want_dense=any(collector.wants_dense(name) for collector in self._collectors),
+            linear_maps=self._linear_maps,
         )
         for collector in self._collectors:
             collector.update(emission, self._segment, self._start)

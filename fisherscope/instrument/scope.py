@@ -2,48 +2,51 @@
 
 from __future__ import annotations
 
-import re
 import sys
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
 from torch import nn
 
 from fisherscope.adapters import resolve
-from fisherscope.adapters.injected import plain_layer
 from fisherscope.adapters.unwrap import unwrap, unwrap_pipeline
-from fisherscope.errors import DataError
-from fisherscope.instrument.batch import plan_batches
-from fisherscope.instrument.collection import Collection, TaskPlan
-from fisherscope.instrument.data import Sample, prepare_task, read_jsonl
-from fisherscope.instrument.estimate import Estimate, estimate_bytes
+from fisherscope.instrument.collection import Collection
+from fisherscope.instrument.estimate import Estimate
 from fisherscope.instrument.extensions import Extension
-from fisherscope.instrument.extensions.base import Context
-from fisherscope.instrument.guards import nothing_half_written, random_state, refuse_if_disk_is_small
-from fisherscope.instrument.header import make_header
+from fisherscope.instrument.guards import (
+    nothing_half_written,
+    random_state,
+    refuse_changed_gradients,
+    refuse_if_disk_is_small,
+)
+from fisherscope.instrument.model_facts import ModelFacts
 from fisherscope.instrument.objectives import Objective, Predict, resolve_objective
-from fisherscope.instrument.options import CollectOptions, ComputeDtype, Durability
-from fisherscope.instrument.passes import BatchPass
+from fisherscope.instrument.on_demand import (
+    check_same_run,
+    chosen_parameters,
+    given_samples,
+    parse_ids,
+    recompute,
+    stored_samples,
+)
+from fisherscope.instrument.options import BatchSize, CollectOptions, ComputeDtype, Durability
+from fisherscope.instrument.planning import Planner
 from fisherscope.instrument.prepared import prepared
 from fisherscope.instrument.progress import progress
 from fisherscope.instrument.signals import stop_on_signals
 from fisherscope.instrument.targets import ParameterChoice, select_targets
+from fisherscope.instrument.tasks import Tasks, prepare_tasks
 from fisherscope.layout import GroupTable, ModelLayout, Partition
 from fisherscope.linalg import Dense
-from fisherscope.store import ContributionStore, StoreHeader, StoreWriter, open_store
+from fisherscope.store import ContributionStore, StoreWriter, open_store
 
 if TYPE_CHECKING:
     from fisherscope.adapters.registry import Adapter, Verify
-    from fisherscope.instrument.batch import BatchSize
-
-Tasks = Mapping[str, Iterable[Any] | str | Path]
-
-_TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
 def wrap(
@@ -104,6 +107,8 @@ class Scope:
         self.layout = layout
         self._targets = select_targets(model, layout, parameters)
         self.parameters = self._targets.parameters
+        self._facts = ModelFacts(model, tokenizer)
+        self._planner = Planner(self._facts, layout, self._targets)
 
     def __repr__(self) -> str:
         heads = {(a.n_heads, a.n_kv_heads) for a in self.layout.attention}
@@ -136,8 +141,7 @@ class Scope:
             **options: other options of :meth:`collect` that change sizes (``max_samples``, ``max_length``).
         """
         chosen = CollectOptions(extensions=extensions, **options)
-        objective = resolve_objective(chosen.objective, self.model)
-        return self._estimate(self._prepare(tasks, chosen, objective), chosen)
+        return self._planner.plan(tasks, chosen).estimate
 
     def collect(
         self,
@@ -150,11 +154,13 @@ class Scope:
         max_samples: int | None = None,
         batch_size: BatchSize = "auto",
         compute_dtype: ComputeDtype = "float32",
+        memory_budget: int | str | None = None,
         store_text: bool = True,
         durability: Durability = "power",
         deterministic: bool = False,
         resume: bool = True,
         seed: int = 0,
+        force: bool = False,
         quiet: bool = False,
     ) -> ContributionStore:
         """Collect the tasks into a store, batch by batch, from one backward pass each.
@@ -176,13 +182,19 @@ class Scope:
                 ``loss(model, batch) -> [n]`` of summed losses (or of :class:`fisherscope.Predictions`).
             max_length: longer rows are cut on the right, and counted.
             max_samples: take the first so many rows of each task.
-            batch_size: samples per batch, or "auto": a fixed budget of padded positions.
+            batch_size: samples per batch, or "auto": as many as fit the memory, up to where more are not
+                faster. Should memory run out all the same, batches are halved and the run goes on. Results
+                do not depend on it beyond rounding.
             compute_dtype: dtype in which layer inputs and output gradients are multiplied.
+            memory_budget: bytes, or a text such as "8GB", that "auto" may take beside the model, accumulators
+                included; by default half of what is free on a CPU and 80 % of a GPU.
             store_text: keep the samples' texts in the store, for reports.
             durability: "power" survives power loss, "process" survives kill -9, "none" promises nothing.
             deterministic: use deterministic algorithms only.
             resume: False refuses to continue an existing store.
             seed: of sampled labels, of masks, and of the random state that objectives see.
+            force: go on, with a warning, where samples influence each other within a batch; what is stored is
+                then the gradient of something else than single samples.
             quiet: no progress.
 
         Returns:
@@ -191,7 +203,8 @@ class Scope:
         Raises:
             DataError: a task or row cannot be used; nothing has been written.
             NonFiniteError: a weight, loss or gradient is NaN or infinite.
-            CoupledSamplesError: samples influence each other within a batch.
+            CoupledSamplesError: samples influence each other within a batch, and not ``force``.
+            CoverageError: the hooks do not see what autograd finds, or hooks on parameters change gradients.
             StoreError: the directory holds something else, or the disk is too small.
             Interrupted: stopped by Ctrl-C or SIGTERM; what was done is sealed.
         """
@@ -201,22 +214,21 @@ class Scope:
             max_length=max_length,
             max_samples=max_samples,
             batch_size=batch_size,
+            memory_budget=memory_budget,
             compute_dtype=compute_dtype,
             store_text=store_text,
             durability=durability,
             deterministic=deterministic,
             resume=resume,
             seed=seed,
+            force=force,
             quiet=quiet,
         )
+        refuse_changed_gradients(self.model)
         path = Path(out)
-        chosen = resolve_objective(options.objective, self.model)
-        samples = self._prepare(tasks, options, chosen)
-        plans = self._plan(samples, options)
-        side = self._pad_side(chosen)
-        header = self._header(options, chosen, side)
-        estimate = self._estimate(samples, options)
-        refuse_if_disk_is_small(estimate, path)
+        plan = self._planner.plan(tasks, options, path)
+        header = self._planner.header(plan)
+        refuse_if_disk_is_small(plan.estimate, path)
         with nothing_half_written(path), ExitStack() as stack:
             writer = stack.enter_context(
                 StoreWriter.open(path, header, durability=options.durability, resume=options.resume)
@@ -225,109 +237,66 @@ class Scope:
             stack.enter_context(random_state(options.seed, deterministic=options.deterministic))
             stack.enter_context(prepared(self.model))
             if not options.quiet:
-                sys.stderr.write(f"collect: {estimate}\n")
-            bar = stack.enter_context(progress(sum(map(len, samples.values())), quiet=options.quiet))
-            context = self._context(options, header)
-            writer.constants({"groups/theta_square": self._theta_square(context.groups)})
-            Collection(
-                batch_pass=BatchPass(
-                    self.model, self._targets, chosen, context, options.torch_dtype, seed=options.seed
-                ),
-                context=context,
-                extensions=options.resolved,
-                writer=writer,
-                pad_id=self._pad_id(),
-                pad_side=side,
-                store_text=options.store_text,
-                row_bytes=estimate.bytes_per_sample,
-                stop=stop,
-                progress=bar,
-                model_dtype=self._device_and_dtype()[1],
-            ).run(plans)
+                sys.stderr.write(f"collect: {plan.estimate}; {plan.limits}\n")
+            count = sum(len(task.samples) for task in plan.tasks)
+            bar = stack.enter_context(progress(count, quiet=options.quiet))
+            constants = {"groups/theta_square": self._theta_square(plan.context.groups)}
+            Collection(plan, writer, stop, bar, self._forward_dtype(), constants).run()
         return open_store(path)
 
-    def _prepare(
-        self, tasks: Tasks, options: CollectOptions, objective: Objective
-    ) -> dict[str, list[Sample]]:
-        """Every sample of every task, checked before anything is written."""
-        if not isinstance(tasks, Mapping) or not tasks:
-            raise DataError('no tasks: pass a mapping from name to rows, such as {"math": rows}')
-        config: Any = self.model.config
-        vocabulary = getattr(self._token_embeddings(), "num_embeddings", None)
-        prepared_tasks = {}
-        for name, rows in tasks.items():
-            if not isinstance(name, str) or not _TASK_NAME.fullmatch(name):
-                raise DataError(
-                    f"{name!r} is not a task name: use letters, digits, '_', '.' and '-', at most 64 of them"
-                )
-            source = read_jsonl(rows) if isinstance(rows, str | Path) else rows
-            prepared_tasks[name] = prepare_task(
-                name,
-                source,
-                self.tokenizer,
-                encode=objective.encode,
-                labelling=objective.labelling,
-                config=config,
-                seed=options.seed,
-                max_length=options.max_length,
-                max_samples=options.max_samples,
-                vocab_size=vocabulary,
-                classes=config.num_labels if objective.label_range == "classes" else None,
-                max_positions=self._max_positions(),
-            )
-            if len(prepared_tasks[name]) == 1:
-                warnings.warn(
-                    f"task {name!r} has a single sample: its variance, intervals and tests are undefined",
-                    stacklevel=4,
-                )
-        return prepared_tasks
+    def gradients(
+        self,
+        store: ContributionStore | str | Path,
+        ids: Sequence[str],
+        *,
+        parameters: Sequence[str] | None = None,
+        tasks: Tasks | None = None,
+        objective: str | Objective | Predict = "auto",
+        compute_dtype: ComputeDtype = "float32",
+        memory_budget: int | str | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Compute gradients of chosen samples of a store again, with this model.
 
-    def _plan(self, samples: Mapping[str, Sequence[Sample]], options: CollectOptions) -> list[TaskPlan]:
-        device, _ = self._device_and_dtype()
-        return [
-            TaskPlan(name, rows, plan_batches([s.length for s in rows], options.batch_size, device))
-            for name, rows in samples.items()
-        ]
+        They equal what a collection of these parameters stores in float32, up to rounding, so a store of
+        group values can do without gradients of every sample.
 
-    def _context(self, options: CollectOptions, header: StoreHeader) -> Context:
-        by_name = dict(self.model.named_parameters())
-        fisher = options.fisher
-        return Context(
-            layout=self.layout,
-            parameters={name: by_name[name] for name in self.parameters},
-            groups=GroupTable.build(self.layout, header.parameters),
-            normalization="per_token" if fisher is None else fisher.normalization,
-            device=self._device_and_dtype()[0],
+        Args:
+            store: a store that was collected from this model, or its path.
+            ids: samples, such as ``["math_7", "code_23"]``.
+            parameters: name patterns; by default all that are instrumented.
+            tasks: the data, where the store does not hold it, as of images.
+            objective: that of the collection, where it was a function of your own.
+            compute_dtype: as for :meth:`collect`.
+            memory_budget: as for :meth:`collect`.
+
+        Returns:
+            Per parameter ``[len(ids), *shape]``, float32 on the CPU, in the order of ``ids``.
+
+        Raises:
+            FingerprintError: the store is that of another model, objective or data.
+            KeyError: the store has no such sample.
+            NotStoredError: the store does not hold the data.
+        """
+        store = store if isinstance(store, ContributionStore) else open_store(store)
+        options = CollectOptions(
+            extensions=(), objective=objective, compute_dtype=compute_dtype, memory_budget=memory_budget
         )
+        chosen = resolve_objective(objective, self.model)
+        check_same_run(store, self._facts, chosen)
+        places = parse_ids(store, ids)
+        if tasks is None:
+            samples = stored_samples(store, places, chosen.labelling)
+        else:
+            as_collected = replace(options, max_length=store.header.options["max_length"])
+            samples = given_samples(store, places, prepare_tasks(tasks, self._facts, as_collected, chosen))
+        names = chosen_parameters(self.parameters, parameters)
+        return recompute(self._planner, self._facts, samples, chosen, options, names)
 
-    def _header(
-        self, options: CollectOptions, objective: Objective, side: Literal["left", "right"]
-    ) -> StoreHeader:
-        device, dtype = self._device_and_dtype()
-        return make_header(
-            self.model,
-            self.tokenizer,
-            self.layout,
-            self.parameters,
-            options,
-            objective=objective.name,
-            pad_side=side,
-            device=device,
-            dtype=dtype,
-        )
-
-    def _estimate(self, samples: Mapping[str, Sequence[Sample]], options: CollectOptions) -> Estimate:
-        gradients = options.sample_gradients
-        fisher = options.fisher
-        return estimate_bytes(
-            self.layout,
-            self.parameters,
-            gradients.chosen(self.layout, self.parameters) if gradients else (),
-            gradient_dtype=gradients.dtype if gradients else "bfloat16",
-            full_fisher=fisher is not None and fisher.shape == "full",
-            samples=samples,
-            store_text=options.store_text,
-        )
+    def _forward_dtype(self) -> torch.dtype:
+        """Of the model's weights, or of the autocast that the user has it run in."""
+        device = self._facts.device.type
+        enabled = torch.is_autocast_enabled(device)
+        return torch.get_autocast_dtype(device) if enabled else self._facts.dtype
 
     def _theta_square(self, groups: GroupTable) -> torch.Tensor:
         """``sum theta ** 2`` of each group, float64."""
@@ -339,34 +308,3 @@ class Scope:
             for member, values in zip(members, norms, strict=True):
                 out[member.first : member.first + values.shape[1]] += values[0].double().cpu()
         return out
-
-    def _max_positions(self) -> int | None:
-        """How long a row may be, where positions are learned; None where they are computed."""
-        limit: int | None = getattr(self.model.config, "max_position_embeddings", None)
-        tokens = self._token_embeddings()
-        for module in self.model.modules():
-            if isinstance(module, nn.Embedding) and module is not tokens and module.num_embeddings == limit:
-                # RoBERTa counts positions from behind its padding index
-                return limit - (0 if module.padding_idx is None else module.padding_idx + 1)
-        return None
-
-    def _pad_id(self) -> int:
-        """Any id serves: pads are masked and bear no loss. A tokenizer without pad token is no problem."""
-        for source in (self.tokenizer, self.model.config):
-            pad = getattr(source, "pad_token_id", None)
-            if isinstance(pad, int) and pad >= 0:
-                return pad
-        return 0
-
-    def _pad_side(self, objective: Objective) -> Literal["left", "right"]:
-        """Only models that are told their positions may be padded on the left."""
-        if objective.labelling != "next":
-            return "right"
-        return "left" if getattr(self.tokenizer, "padding_side", "right") == "left" else "right"
-
-    def _token_embeddings(self) -> Any:
-        return plain_layer(self.model.get_input_embeddings())  # type: ignore[operator]
-
-    def _device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
-        weight = next(self._token_embeddings().parameters())
-        return weight.device, weight.dtype

@@ -15,7 +15,8 @@ from fisherscope.analyses.importance import ImportanceResult
 from fisherscope.analyses.interference import InterferenceResult
 from fisherscope.analyses.masks import WORDS, MasksResult
 from fisherscope.analyses.overlap import OverlapResult
-from fisherscope.analyses.units import slice_name
+from fisherscope.analyses.units import role_of, slice_name
+from fisherscope.report.figures.parts import BLOCKS
 from fisherscope.report.markup import Html, grid, join, sample_text, tag
 from fisherscope.report.numbers import p_value, percent, short, signed
 
@@ -131,7 +132,7 @@ def _placed(frame: pd.DataFrame) -> pd.DataFrame:
     if not {"stack", "layer", "block", number} <= set(frame.columns):
         return frame
     where = [
-        slice_name(row, head=number) if row["block"] in {"Q", "K", "V", "O"} else _other_place(row, number)
+        slice_name(row, head=number) if role_of(str(row["block"])) in BLOCKS else _other_place(row, number)
         for row in frame.to_dict("records")
     ]
     first = min(list(frame.columns).index(c) for c in _PLACE if c in frame)

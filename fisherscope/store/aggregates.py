@@ -117,7 +117,18 @@ def _what_to_collect(store: ContributionStore, name: str) -> str:
         return f"{store.path} holds no Fisher {_extension_for(name.split('/')[1])}"
     if name.startswith("moments/"):
         return f"{store.path} holds no group values {_extension_for(name.split('/')[1])}"
+    if name.startswith("kronecker/"):
+        return _kronecker_to_collect(store, name.split("/", 2)[2])
     return f"{store.path} holds no aggregate {name!r}: collect again with the extension that emits it"
+
+
+def _kronecker_to_collect(store: ContributionStore, module: str) -> str:
+    if "kronecker" not in store.header.options.get("extensions", {}):
+        return f"{store.path} holds no Kronecker factors: collect again with extensions=(..., 'kronecker')"
+    return (
+        f"{store.path} holds no Kronecker factors of {module!r}: Kronecker(parameters=...) left it out, or "
+        "its gradients are no sums over the positions of samples, as the collection warned"
+    )
 
 
 def _extension_for(labels: str) -> str:

@@ -19,6 +19,7 @@ _KINDS = {
     "labels": "tokens",
     "types": "tokens",
     "text": "text",
+    "positions": "positions",
     "groups": "groups",
     "gradients": "gradients",
     "parameters": "gradients",

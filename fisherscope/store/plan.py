@@ -25,6 +25,7 @@ RAGGED = {
     "labels": {"labels/ids": "int32"},
     "types": {"types/ids": "int32"},
     "text": {"text/bytes": "uint8"},
+    "positions": {},  # the datasets are the header's
 }
 GROUP_COLUMNS = ("groups/square", "groups/dot")
 
@@ -55,11 +56,18 @@ class SegmentPlan:
     ) -> SegmentPlan:
         """Plan a segment.
 
+        Args:
+            header: of the store.
+            n: number of samples.
+            ragged: lengths of each sample by family. Where contributions of positions are stored and
+                "positions" is not given, a sample has as many as "ids".
+            gradients: the gradient datasets.
+
         Raises:
             ValueError: ragged lengths are not one per sample, or of an unknown family.
         """
         offsets = {}
-        for family, lengths in ragged.items():
+        for family, lengths in _with_positions(header, ragged).items():
             if family not in RAGGED:
                 raise ValueError(f"unknown ragged datasets {family!r}: there are {sorted(RAGGED)}")
             sizes = np.asarray(lengths, dtype=np.int64).reshape(-1)
@@ -76,7 +84,8 @@ class SegmentPlan:
     @cached_property
     def ragged(self) -> dict[str, str]:
         """The family of each ragged dataset."""
-        return {name: family for family in self.offsets for name in RAGGED[family]}
+        fixed = {name: family for family in self.offsets for name in RAGGED[family]}
+        return fixed | {name: d.family for name, d in self.header.positions.by_name.items()}
 
     @cached_property
     def specs(self) -> dict[str, DatasetSpec]:
@@ -87,7 +96,20 @@ class SegmentPlan:
             specs.append(DatasetSpec(f"{family}/offsets", (n + 1,), "int64"))
             specs.extend(DatasetSpec(k, (int(offsets[-1]),), dtype) for k, dtype in RAGGED[family].items())
         specs.extend(DatasetSpec(name, (n, groups), "float32") for name in GROUP_COLUMNS)
+        for name, place in self.header.positions.by_name.items():
+            specs.append(DatasetSpec(name, (int(self.offsets[place.family][-1]), place.columns), "float32"))
         for dataset in self.gradients.datasets if self.gradients else ():
             spans = dataset.heads if isinstance(dataset, BlockDataset) else 1
             specs.append(DatasetSpec(dataset.name, dataset.shape(n), self.header.gradient_dtype, spans))
         return {spec.name: spec for spec in specs}
+
+
+def _with_positions(header: StoreHeader, ragged: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
+    """The ragged families of a segment, with that of positions exactly where something lies along it."""
+    needed = {dataset.family for dataset in header.positions.datasets.values()}
+    families = {family: lengths for family, lengths in ragged.items() if family != "positions"}
+    if "positions" in needed and (lengths := ragged.get("positions", ragged.get("ids"))) is not None:
+        families["positions"] = lengths
+    if lacking := needed - families.keys():
+        raise ValueError(f"contributions of positions need the lengths of {sorted(lacking)}")
+    return families

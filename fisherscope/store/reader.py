@@ -16,9 +16,10 @@ from torch import Tensor
 
 from fisherscope.layout import GroupTable, ModelLayout, ParameterSlice
 from fisherscope.layout.attention import Part
-from fisherscope.store import aggregates, gradients, lookup, tables
+from fisherscope.store import aggregates, gradients, kronecker, lookup, positions, tables
 from fisherscope.store.gradient_plan import GradientPlan
 from fisherscope.store.index import TaskIndex, build_index
+from fisherscope.store.kronecker import KroneckerFactors
 from fisherscope.store.ledger import Ledger, read_ledgers
 from fisherscope.store.mapped import Checked, MappedShard
 from fisherscope.store.records import ShardRecord
@@ -139,6 +140,10 @@ class ContributionStore:
             NotStoredError: ids were not stored.
         """
         return tables.token_ids(self, self._task(task), row)
+
+    def token_types(self, task: str, row: int) -> NDArray[np.int32] | None:
+        """Which of two texts each position of a sample belongs to; None where that was not given."""
+        return tables.token_types(self, self._task(task), row)
 
     def gradients(self, task: str, parameter: str, samples: Samples = None) -> Tensor:
         """Per-sample gradients g_i of the summed loss, signed.
@@ -275,6 +280,49 @@ class ContributionStore:
             NotStoredError: it was not collected.
         """
         return aggregates.mean_of(self, self._task(task), lookup.instrumented(self.header, parameter), "mean")
+
+    def kronecker(self, task: str, module: str) -> KroneckerFactors:
+        """Kronecker factors A and S of one linear map, merged over ranks.
+
+        Args:
+            task: the task.
+            module: path of the map, such as "model.layers.0.self_attn.q_proj".
+
+        Returns:
+            :class:`KroneckerFactors`, with the formula; its ``head`` cuts S to a head of Q, K or V and A to
+            one of O.
+
+        Raises:
+            KeyError: no such task or module.
+            NotStoredError: they were not collected.
+        """
+        return kronecker.read_factors(self, self._task(task), module)
+
+    def position_contributions(
+        self, task: str, parameter: str, samples: Samples = None, *, block: str | None = None
+    ) -> list[Tensor]:
+        """What each position adds to a sample's squared gradient norm of one matrix.
+
+        With g = sum_t g_t, g_t = d_t a_t', position t contributes <g_t, g>. Contributions may be negative;
+        those of a sample add up to ||g||^2, and those of a head to the squared norm of its slice.
+
+        Args:
+            task: the task.
+            parameter: the matrix.
+            samples: positions in the table :meth:`samples`; all by default.
+            block: such as "Q": contributions to the slices of its heads.
+
+        Returns:
+            For each sample, in task order, ``[positions]`` float32, in the order of :meth:`token_ids`; with a
+            ``block`` ``[heads, positions]``, where heads are kv heads for K and V. In the decoder of an
+            encoder-decoder, positions are those of the labels.
+
+        Raises:
+            KeyError: no such task, parameter or block.
+            NotStoredError: they were not collected.
+        """
+        index = self._task(task)
+        return positions.read_contributions(self, index, parameter, index.select(samples), block)
 
     def aggregate(self, task: str, name: str) -> Tensor:
         """One array of the snapshots, added over ranks in float64.

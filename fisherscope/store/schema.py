@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from fisherscope.layout import GroupTable, ModelLayout
 from fisherscope.linalg.normalization import NORMALIZATIONS
 from fisherscope.store import disk
 from fisherscope.store.dtypes import gradient_dtype
+from fisherscope.store.position_plan import PositionPlan
 
 FORMAT = "fisherscope-store"
 FORMAT_VERSION = 1
@@ -40,6 +42,7 @@ class StoreHeader:
         gradient_dtype: element type of stored gradients.
         normalization: how h_i comes from g_i: "per_token" g / sqrt(T), "none" g, "mean" g / T.
         fisher_shape: "full" where snapshots hold F and mean h of every parameter, else "groups".
+        position_parameters: matrices with stored contributions of single positions; may be empty.
         options: of the collection, as used.
         provenance: versions, model name, command line: for readers, no part of the identity.
     """
@@ -51,6 +54,7 @@ class StoreHeader:
     gradient_dtype: str = "bfloat16"
     normalization: str = "per_token"
     fisher_shape: str = "full"
+    position_parameters: tuple[str, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
 
@@ -61,17 +65,24 @@ class StoreHeader:
         if self.fisher_shape not in FISHER_SHAPES:
             raise ValueError(f"fisher_shape {self.fisher_shape!r} is none of {list(FISHER_SHAPES)}")
         known = {info.name for info in self.layout.parameters}
-        for name in (*self.parameters, *self.gradient_parameters):
+        chosen = (self.parameters, self.gradient_parameters, self.position_parameters)
+        for name in chain.from_iterable(chosen):
             if name not in known:
                 raise ValueError(f"the layout has no parameter {name!r}")
-        for names in (self.parameters, self.gradient_parameters):
+        for names in chosen:
             if len(set(names)) != len(names):
                 raise ValueError(f"a parameter is named twice in {list(names)}")
+        _ = self.positions
 
     @cached_property
     def groups(self) -> GroupTable:
         """The groups of the instrumented parameters, in the order of ``groups/*`` datasets."""
         return GroupTable.build(self.layout, self.parameters)
+
+    @cached_property
+    def positions(self) -> PositionPlan:
+        """Where contributions of single positions lie."""
+        return PositionPlan.build(self.layout, self.position_parameters)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; :meth:`from_json` reads it back."""
@@ -85,6 +96,7 @@ class StoreHeader:
             "gradient_dtype": self.gradient_dtype,
             "normalization": self.normalization,
             "fisher_shape": self.fisher_shape,
+            "position_parameters": list(self.position_parameters),
             "options": self.options,
             "provenance": self.provenance,
         }
@@ -96,10 +108,11 @@ class StoreHeader:
         Raises:
             ValueError: a field is missing or has the wrong form.
         """
+        data = {**_ABSENT, **data}
         for key, kind in _FIELDS.items():
             if not isinstance(data.get(key), kind):
                 raise ValueError(f"{key!r} is missing or no {kind.__name__}")  # noqa: TRY004 - damage, not misuse
-        for key in ("parameters", "gradient_parameters"):
+        for key in ("parameters", "gradient_parameters", "position_parameters"):
             if not all(isinstance(name, str) for name in data[key]):
                 raise ValueError(f"{key!r} holds something else than names")
         if _pieces(data["layout"]) > MAX_PIECES:
@@ -112,6 +125,7 @@ class StoreHeader:
             gradient_dtype=data["gradient_dtype"],
             normalization=data["normalization"],
             fisher_shape=data["fisher_shape"],
+            position_parameters=tuple(data["position_parameters"]),
             options=data["options"],
             provenance=data["provenance"],
         )
@@ -133,9 +147,12 @@ _FIELDS: dict[str, type] = {
     "gradient_dtype": str,
     "normalization": str,
     "fisher_shape": str,
+    "position_parameters": list,
     "options": dict,
     "provenance": dict,
 }
+# what a key that may be absent then stands for
+_ABSENT: dict[str, Any] = {"position_parameters": []}
 
 
 def encode_header(header: StoreHeader) -> bytes:
@@ -218,6 +235,7 @@ def _identity(header: StoreHeader) -> dict[str, Any]:
         "gradient_dtype",
         "normalization",
         "fisher_shape",
+        "position_parameters",
     ):
         # the header's own fields are compared too: they decide the shapes of the datasets
         flat.setdefault(f"header.{key}", data[key])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
@@ -16,6 +17,7 @@ from fisherscope.store.dtypes import stored_type, to_raw
 from fisherscope.store.gradient_plan import BlockDataset, WholeDataset
 from fisherscope.store.plan import SegmentPlan
 from fisherscope.store.shard import ShardFile
+from fisherscope.store.skeleton import DatasetSpec
 
 CreateShard = Callable[[SegmentPlan], ShardFile]
 CommitShard = Callable[["SegmentWriter", ShardFile, int], None]
@@ -61,8 +63,8 @@ class SegmentWriter:
         """Write some rows of a dataset.
 
         Args:
-            dataset: one of ``sample/*``, ``ids/*``, ``text/bytes``, ``groups/*``, ``parameters/*`` or
-                ``gradients/*``, in the shape that the segment stores.
+            dataset: one of ``sample/*``, ``ids/*``, ``text/bytes``, ``positions/*``, ``groups/*``,
+                ``parameters/*`` or ``gradients/*``, in the shape that the segment stores.
             start_row: position in the segment of the first row.
             array: ``[b, ...]``; for a head-major dataset ``[heads, b, columns]``; for a ragged one the
                 rows' values one after the other, or a list with one array (or bytes) per row.
@@ -102,7 +104,7 @@ class SegmentWriter:
         """Write some rows of a ragged dataset.
 
         Args:
-            dataset: one of ``ids/input``, ``labels/ids``, ``text/bytes``.
+            dataset: one of ``ids/input``, ``labels/ids``, ``text/bytes``, ``positions/*``.
             start_row: position in the segment of the first row.
             array: one array (or bytes) per row, or their values one after the other.
 
@@ -120,13 +122,13 @@ class SegmentWriter:
         if not 0 <= start_row < self._plan.n:
             raise ValueError(f"the segment has {self._plan.n} rows, there is no row {start_row}")
         if isinstance(array, (list, tuple)) and array and not isinstance(array[0], (int, np.integer)):
-            pieces = [_flat(item, spec.dtype) for item in array]
+            pieces = [_values(item, spec) for item in array]
             stop_row = start_row + len(pieces)
             given = np.cumsum([0, *map(len, pieces)]) + offsets[start_row]
             fits = stop_row <= self._plan.n and np.array_equal(given, offsets[start_row : stop_row + 1])
             raw = np.concatenate(pieces)
         else:
-            raw = _flat(array, spec.dtype)
+            raw = _values(array, spec)
             end = offsets[start_row] + len(raw)
             stop_row = int(np.searchsorted(offsets, end, side="right")) - 1
             fits = offsets[stop_row] == end
@@ -135,8 +137,22 @@ class SegmentWriter:
                 f"{dataset!r}: the values from row {start_row} do not have the lengths that the segment "
                 "was opened with"
             )
-        shard.write(dataset, raw, int(offsets[start_row]) * raw.itemsize)
+        shard.write(dataset, raw, int(offsets[start_row]) * raw.itemsize * math.prod(spec.shape[1:]))
         self._written[dataset][start_row:stop_row] = True
+
+    def lengths(self, dataset: str, start_row: int, n: int) -> list[int]:
+        """How many entries some rows have in a ragged dataset, as the segment was opened.
+
+        Raises:
+            KeyError: the segment has no such ragged dataset.
+        """
+        if dataset not in self._plan.ragged:
+            raise KeyError(
+                f"the segment has no ragged dataset {dataset!r}: it has {sorted(self._plan.ragged)}"
+            )
+        offsets = self._plan.offsets[self._plan.ragged[dataset]]
+        lengths: list[int] = np.diff(offsets[start_row : start_row + n + 1]).tolist()
+        return lengths
 
     def put_gradient(self, parameter: str, start_row: int, gradients: Tensor) -> None:
         """Write the gradients of some samples for one parameter.
@@ -275,10 +291,12 @@ class SegmentWriter:
         self.abort()
 
 
-def _flat(values: Any, dtype: str) -> NDArray[Any]:
+def _values(values: Any, spec: DatasetSpec) -> NDArray[Any]:
+    """Entries of a ragged dataset, ``[entries, *columns]``."""
     if isinstance(values, (bytes, bytearray)):
         values = np.frombuffer(values, dtype=np.uint8)
-    raw = to_raw(values, dtype)
-    if raw.ndim != 1:
-        raise ValueError(f"ragged values must be one-dimensional, got shape {raw.shape}")
+    raw = to_raw(values, spec.dtype)
+    if raw.shape[1:] != spec.shape[1:] or not raw.ndim:
+        columns = f" x {spec.shape[1:]}" if spec.shape[1:] else ""
+        raise ValueError(f"entries of {spec.name!r} must lie along one axis{columns}, got shape {raw.shape}")
     return raw

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from fisherscope.layout import GroupTable, ModelLayout
 from fisherscope.store.dtypes import gradient_dtype, stored_type
 from fisherscope.store.plan import GROUP_COLUMNS, SAMPLE_COLUMNS
+from fisherscope.store.position_plan import PositionPlan
 
 
 def bytes_per_sample(
@@ -18,6 +19,7 @@ def bytes_per_sample(
     mean_tokens: float = 0.0,
     mean_text_bytes: float = 0.0,
     mean_labels: float | None = None,
+    position_parameters: Iterable[str] = (),
 ) -> dict[str, float]:
     """Bytes that one sample takes in segments, up to page padding and file metadata (below 1 % of a shard).
 
@@ -29,22 +31,34 @@ def bytes_per_sample(
         mean_tokens: ids per sample.
         mean_text_bytes: bytes of text per sample; 0 where texts are not stored.
         mean_labels: labels per sample; by default as many as ids.
+        position_parameters: matrices whose contributions of single positions are stored.
 
     Returns:
-        ``samples`` (columns and offsets), ``tokens``, ``text``, ``groups``, ``gradients`` and ``total``.
+        ``samples`` (columns and offsets), ``tokens``, ``text``, ``groups``, ``gradients``, ``positions`` and
+        ``total``.
     """
     groups = len(GroupTable.build(layout, parameters))
     entries = sum(math.prod(layout.parameter(name).shape) for name in set(gradient_parameters))
     offsets = stored_type("int64").itemsize * (2 + (mean_text_bytes > 0))
-    entries_of_text = mean_tokens + (mean_tokens if mean_labels is None else mean_labels)
+    labels = mean_tokens if mean_labels is None else mean_labels
     parts = {
         "samples": float(sum(stored_type(kind).itemsize for kind in SAMPLE_COLUMNS.values()) + offsets),
-        "tokens": float(stored_type("int32").itemsize * entries_of_text),
+        "tokens": float(stored_type("int32").itemsize * (mean_tokens + labels)),
         "text": float(mean_text_bytes),
         "groups": float(len(GROUP_COLUMNS) * stored_type("float32").itemsize * groups),
         "gradients": float(stored_type(gradient_dtype(dtype)).itemsize * entries),
+        "positions": _position_bytes(layout, position_parameters, mean_tokens, labels),
     }
     return {**parts, "total": sum(parts.values())}
+
+
+def _position_bytes(
+    layout: ModelLayout, parameters: Iterable[str], mean_tokens: float, mean_labels: float
+) -> float:
+    datasets = PositionPlan.build(layout, parameters).datasets.values()
+    columns = sum(d.columns * (mean_labels if d.family == "labels" else mean_tokens) for d in datasets)
+    offsets = stored_type("int64").itemsize * any(d.family == "positions" for d in datasets)
+    return float(stored_type("float32").itemsize * columns + offsets)
 
 
 def snapshot_bytes(
@@ -54,13 +68,23 @@ def snapshot_bytes(
     fisher_shape: str = "full",
     labels: Sequence[str] = ("data",),
     mean: bool = True,
+    kronecker: Iterable[str] = (),
 ) -> dict[str, float]:
     """Bytes of one snapshot of one task and rank.
+
+    Args:
+        layout: of the model.
+        parameters: the instrumented ones.
+        fisher_shape: "full" or "groups".
+        labels: label sources of the Fisher.
+        mean: whether the mean of h is kept beside a full Fisher.
+        kronecker: weights of the linear maps whose Kronecker factors are collected.
 
     While a snapshot is replaced both are on the disk: count one more than there are tasks.
 
     Returns:
-        ``fisher`` (one array per label source), ``mean``, ``moments`` and ``total``.
+        ``fisher`` (one array per label source), ``mean``, ``moments``, ``kronecker`` (with a bias at most so
+        much, as the layout does not say which axis is the input's) and ``total``.
     """
     chosen = set(parameters)
     groups = len(GroupTable.build(layout, chosen))
@@ -69,5 +93,16 @@ def snapshot_bytes(
         "fisher": float(4 * entries * len(labels)),
         "mean": float(4 * entries * mean),
         "moments": float(16 * groups),
+        "kronecker": float(sum(_factor_bytes(layout, name, chosen) for name in kronecker)),
     }
     return {**parts, "total": sum(parts.values())}
+
+
+def _factor_bytes(layout: ModelLayout, parameter: str, instrumented: set[str]) -> int:
+    shape = layout.parameter(parameter).shape
+    if len(shape) != 2:
+        return 0  # such as stacked experts, which have no factors
+    small, large = sorted(shape)
+    with_bias = parameter.removesuffix("weight") + "bias" in instrumented
+    count = stored_type("int64").itemsize
+    return stored_type("float32").itemsize * (small**2 + (large + with_bias) ** 2) + count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html as html_module
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -75,19 +76,20 @@ def _texts(store: ContributionStore, index: TaskIndex) -> list[str | None] | Non
 
 
 def ragged(
-    store: ContributionStore, chunk: Chunk, family: str, name: str, dtype: str
+    store: ContributionStore, chunk: Chunk, family: str, name: str, dtype: str, columns: tuple[int, ...] = ()
 ) -> Iterator[NDArray[Any]]:
-    """The values of each sample of a chunk, of one ragged dataset."""
+    """The values of each sample of a chunk, of one ragged dataset: ``[entries, *columns]``."""
     shard, n = store.shard(chunk.segment.shard), len(chunk.segment.rows)
     shard.check(f"{family}/offsets")
     offsets = shard.view(f"{family}/offsets", (n + 1,), "int64")
     total = shard.dataset(name).spec.shape
     values = shard.view(name, total, dtype)
-    if offsets[0] != 0 or (np.diff(offsets) < 0).any() or total != (int(offsets[-1]),):
+    if offsets[0] != 0 or (np.diff(offsets) < 0).any() or total != (int(offsets[-1]), *columns):
         raise CorruptStoreError(f"{shard.path}: {family}/offsets do not describe {name!r}")
+    entry = values.itemsize * math.prod(columns)
     for position in chunk.positions:
         start, stop = int(offsets[position]), int(offsets[position + 1])
-        shard.check(name, [(start * values.itemsize, stop * values.itemsize)])
+        shard.check(name, [(start * entry, stop * entry)])
         yield np.array(values[start:stop])
 
 
@@ -104,6 +106,16 @@ def token_ids(
     (ids,) = ragged(store, chunk, "ids", "ids/input", "int32")
     (labels,) = ragged(store, chunk, "labels", "labels/ids", "int32")
     return ids, labels
+
+
+def token_types(store: ContributionStore, index: TaskIndex, row: int) -> NDArray[np.int32] | None:
+    """Token types of one row; None where the task has none."""
+    place = int(np.searchsorted(index.rows, row))
+    (chunk,) = index.chunks(np.array([place]))
+    if "types/ids" not in store.shard(chunk.segment.shard):
+        return None
+    (types,) = ragged(store, chunk, "types", "types/ids", "int32")
+    return types if len(types) else None
 
 
 def group_rows(

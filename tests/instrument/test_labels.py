@@ -144,7 +144,7 @@ def test_what_labels_need_is_said(tmp_path: Path) -> None:
     def loss(model: nn.Module, batch: Any) -> Tensor:
         return CAUSAL_LM.losses(model, batch)
 
-    with pytest.raises(FisherscopeError, match="let the objective return"):
+    with pytest.raises(FisherscopeError, match="let the objective"):
         collect(model, rows, tmp_path / "a.fs", fs.Fisher(labels="sampled"), objective=loss)
     wide = make("BertForMaskedLM", "BertConfig", **(SMALL | {"vocab_size": 300}))()
     labelled = [{"input_ids": list(range(9)), "labels": list(range(9))}]

@@ -1,4 +1,4 @@
-"""Gradients of encoders, and of encoders with decoders, under losses of one's own, against the literal loop."""
+"""Encoders, and encoders with decoders, under losses of one's own, against the literal loop."""
 
 from __future__ import annotations
 

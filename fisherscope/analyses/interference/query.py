@@ -118,12 +118,18 @@ def sample_pair(
     factor = 1.0 if scale is None else float(scale[row_b])
     scores = {}
     for block in attention.blocks:
-        if block.part(config.part) is None:
+        part = block.part(config.part)
+        if part is None or part.parameter not in store.gradient_parameters:
             continue
         found = find_block(store, layer, block.name, config.part, stack)
-        piece = attention.kv_head(head) if block.name in {"K", "V"} else head
+        piece = attention.head_of(block.name, head)
         fisher, lam = scorer.denominators(found, [(task_a, task_b)])[task_a, task_b]
         left = reader.normalised(task_a, found, piece, slice(row_a, row_a + 1)).square_()
         right = reader.gradients(task_b, found, piece, slice(row_b, row_b + 1)) * factor
         scores[block.name] = float(interference_matrix(left, fisher[piece], right, lam, config.aggregate))
+    if not scores:
+        raise KeyError(
+            f"{store.path} stores no gradients of layer {layer}: collect it with "
+            "SampleGradients(parameters='attention')"
+        )
     return scores

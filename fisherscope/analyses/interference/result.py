@@ -10,7 +10,7 @@ import xarray as xr
 from typing_extensions import override
 
 from fisherscope.analyses.result import Result
-from fisherscope.analyses.units import head_maps, slice_name
+from fisherscope.analyses.units import head_maps, role_of, slice_name
 
 MAPS = ["mean", "sample_q95", "max", "fisher_min", "fisher_median", "fisher_max", "below_epsilon", "ridge"]
 
@@ -50,7 +50,7 @@ class InterferenceResult(Result):
         for layer in self.details["gqa"]:
             for query, kv in enumerate(layer["kv_head"]):
                 users.setdefault((layer["stack"], layer["layer"], kv), []).append(query)
-        shared = self.frame["block"].isin(["K", "V"])
+        shared = self.frame["block"].map(role_of).isin(["K", "V"])
         own = [
             users[row.stack, row.layer, row.head] if kv else [row.head]
             for row, kv in zip(self.frame.itertuples(), shared, strict=True)

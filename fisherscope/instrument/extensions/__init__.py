@@ -3,6 +3,8 @@
 from fisherscope.instrument.extensions.base import Collector, Extension
 from fisherscope.instrument.extensions.exact_per_token import ExactPerToken
 from fisherscope.instrument.extensions.fisher import Fisher
+from fisherscope.instrument.extensions.kronecker import Kronecker
+from fisherscope.instrument.extensions.positions import Positions
 from fisherscope.instrument.extensions.registry import register_extension, resolve_extensions
 from fisherscope.instrument.extensions.sample_gradients import SampleGradients
 
@@ -11,6 +13,8 @@ __all__ = [
     "ExactPerToken",
     "Extension",
     "Fisher",
+    "Kronecker",
+    "Positions",
     "SampleGradients",
     "register_extension",
     "resolve_extensions",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -33,6 +34,13 @@ class Context:
     groups: GroupTable
     normalization: Normalization
     device: torch.device
+    _told: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
+
+    def warn_once(self, message: str) -> None:
+        """Warn, unless another task of the same run has said the very same."""
+        if message not in self._told:
+            self._told.add(message)
+            warnings.warn(message, stacklevel=2)
 
 
 class Collector(ABC):

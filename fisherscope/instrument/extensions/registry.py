@@ -12,6 +12,8 @@ ENTRY_POINT_GROUP = "fisherscope.extensions"
 _BUILT_IN = (
     "fisherscope.instrument.extensions.exact_per_token",
     "fisherscope.instrument.extensions.fisher",
+    "fisherscope.instrument.extensions.kronecker",
+    "fisherscope.instrument.extensions.positions",
     "fisherscope.instrument.extensions.sample_gradients",
 )
 

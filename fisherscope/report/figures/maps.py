@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from fisherscope.analyses.units import role_of
 from fisherscope.report.figures.parts import PlotlyDict, axis, block_rank, label, plot, rounded
 from fisherscope.report.figures.scales import colorscale
 from fisherscope.report.figures.ticks import log_ticks
@@ -125,14 +126,13 @@ def _panels(rows: pd.DataFrame) -> list[_Panel]:
     panels = []
     for stack, in_stack in rows.groupby("stack", sort=False):
         blocks = sorted(in_stack["block"].unique(), key=block_rank)
-        queries = in_stack.loc[in_stack["block"] == "Q", "head"].nunique()
+        queries = in_stack.loc[in_stack["block"].map(role_of) == "Q", "head"].nunique()
         layers = sorted(in_stack["layer"].unique().tolist())
         for block in blocks:
             part = in_stack[in_stack["block"] == block]
             heads = int(part["head"].max()) + 1
-            panels.append(
-                _Panel(str(stack), block, layers, part, heads, block in {"K", "V"} and heads < queries)
-            )
+            shared = role_of(block) in {"K", "V"} and heads < queries
+            panels.append(_Panel(str(stack), block, layers, part, heads, shared))
     return panels
 
 

@@ -1,0 +1,88 @@
+"""What is checked once, before the gradients of a run are believed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fisherscope.errors import CoupledSamplesError
+from fisherscope.instrument.capture import Capture
+from fisherscope.instrument.checks import check_against_autograd, check_independence
+from fisherscope.instrument.coupling import first_coupled_module
+from fisherscope.instrument.extensions.group_values import GroupValues
+from fisherscope.instrument.memory import is_out_of_memory
+from fisherscope.instrument.planning import RunPlan, TaskPlan
+
+
+def check_gradients(run: RunPlan, tasks: Sequence[TaskPlan], model_dtype: torch.dtype) -> None:
+    """A sample has the gradient that autograd finds, and the same beside a longer one.
+
+    Args:
+        run: the plan.
+        tasks: those to choose the sample from.
+        model_dtype: in which the model's forward pass runs.
+
+    Raises:
+        CoverageError: the hooks see something else than autograd.
+        CoupledSamplesError: samples influence each other, and it was not forced.
+    """
+    # padding is what couples samples most often: take the planned batch with the most of it
+    task, rows = max(((task, rows) for task in tasks for rows in task.batches), key=_padding)
+    sample, groups = f"{task.name}_{rows[-1]}", run.context.groups.groups
+    values = GroupValues(run.context)
+    single = run.batch(task, rows[-1:])
+    run.batch_pass.run(single, [values])
+    alone = values.square[0].double().cpu()
+    reference = run.batch_pass.by_autograd(single)
+    coarser = max(model_dtype, run.batch_pass.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    check_against_autograd(alone, reference, lambda g: groups[g].parameter, sample, coarser)
+    if len(rows) == 1:
+        return
+    pair = run.batch(task, (rows[-1], rows[0]))
+    try:
+        run.batch_pass.run(pair, [values])
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            return  # where two do not fit, samples are run one by one
+        raise
+    try:
+        check_independence(alone, values.square[0].double().cpu(), sample, model_dtype)
+    except CoupledSamplesError as error:
+        where = first_coupled_module(run.batch_pass.model, run.objective, single, pair)
+        named = f"the first to give it another output is {where}" if where else "it is the loss that does so"
+        if not run.options.force:
+            raise CoupledSamplesError(f"{error} ({named})") from None
+        warnings.warn(f"going on by force: {error} ({named})", stacklevel=2)
+
+
+def _padding(choice: tuple[TaskPlan, Sequence[int]]) -> tuple[bool, int]:
+    """Of the batch's shortest sample; batches are sorted by length."""
+    task, rows = choice
+    return len(rows) > 1, task.samples[rows[0]].length - task.samples[rows[-1]].length
+
+
+def compute_error(run: RunPlan) -> dict[str, Tensor]:
+    """How far rounding in the rules takes gradients from those of float32, on the first sample of each task.
+
+    Returns:
+        ``compute/error``, one value per instrumented parameter: ``|g' - g| / |g|`` over these samples;
+        nothing where the rules compute in float32 or wider.
+    """
+    if torch.finfo(run.batch_pass.dtype).eps <= torch.finfo(torch.float32).eps:
+        return {}
+    names = list(run.context.parameters)
+    rough, exact = Capture(names), Capture(names)
+    wide = run.batch_pass.computing_in(torch.float32)
+    for task in run.tasks:
+        first = run.batch(task, [0])
+        run.batch_pass.run(first, [rough])
+        wide.run(first, [exact])
+    found, expected = rough.stacked(), exact.stacked()
+    errors = [
+        float((found[name] - expected[name]).norm() / expected[name].norm().clamp_min(1e-30))
+        for name in names
+    ]
+    return {"compute/error": torch.tensor(errors)}

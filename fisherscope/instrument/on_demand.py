@@ -1,0 +1,136 @@
+"""Gradients of chosen samples of a store, computed again with the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from fisherscope.errors import CoverageError, FingerprintError, NotStoredError
+from fisherscope.instrument.capture import Capture
+from fisherscope.instrument.data import Labelling, Sample
+from fisherscope.instrument.fingerprint import weights_digest
+from fisherscope.instrument.guards import random_state
+from fisherscope.instrument.model_facts import ModelFacts
+from fisherscope.instrument.objectives import Objective
+from fisherscope.instrument.options import CollectOptions
+from fisherscope.instrument.planning import Planner
+from fisherscope.instrument.prepared import prepared
+from fisherscope.store import ContributionStore
+
+
+def check_same_run(store: ContributionStore, facts: ModelFacts, objective: Objective) -> None:
+    """The model and the objective are those of the store.
+
+    Raises:
+        FingerprintError: one of them is another.
+    """
+    stored = store.header.fingerprint
+    if stored.get("objective") != objective.name:
+        raise FingerprintError(
+            f"the gradients of {store.path} are those of the objective {stored.get('objective')!r}, and this "
+            f"is {objective.name!r}: pass the same objective="
+        )
+    if stored.get("weights") != weights_digest(facts.model):
+        raise FingerprintError(f"{store.path} was collected from a model with other weights than this one")
+
+
+def parse_ids(store: ContributionStore, ids: Iterable[str]) -> list[tuple[str, int]]:
+    """Task and row of sample ids such as "math_7".
+
+    Raises:
+        KeyError: there is no such sample.
+    """
+    found = []
+    for name in ids:
+        task, _, row = name.rpartition("_")
+        if task not in store.tasks or not row.isdecimal() or int(row) >= store.n(task):
+            raise KeyError(
+                f"{store.path} has no sample {name!r}: ids look like 'math_7', tasks are {store.tasks}"
+            )
+        found.append((task, int(row)))
+    return found
+
+
+def stored_samples(
+    store: ContributionStore, places: Sequence[tuple[str, int]], labelling: Labelling
+) -> list[Sample]:
+    """The samples as the model saw them, out of the store.
+
+    Raises:
+        NotStoredError: the store does not hold what the model saw, as of images.
+    """
+    keys = {task: store.samples(task).set_index("row")["key"] for task in {task for task, _ in places}}
+    return [_stored_sample(store, task, row, labelling, keys[task][row]) for task, row in places]
+
+
+def _stored_sample(store: ContributionStore, task: str, row: int, labelling: Labelling, key: str) -> Sample:
+    ids, labels = store.token_ids(task, row)
+    types = store.token_types(task, row)
+    sample = Sample(
+        tuple(ids.tolist()),
+        tuple(labels.tolist()),
+        labelling=labelling,
+        token_types=None if types is None else tuple(types.tolist()),
+    )
+    # a sample that repeats another has another key
+    for occurrence in range(row + 1):
+        if (found := replace(sample, occurrence=occurrence)).key == key:
+            return found
+    raise NotStoredError(
+        f"{store.path} does not hold what the model saw of {task}_{row}, as it does not hold images: pass "
+        "the data again with tasks="
+    )
+
+
+def given_samples(
+    store: ContributionStore, places: Sequence[tuple[str, int]], tasks: Mapping[str, Sequence[Sample]]
+) -> list[Sample]:
+    """The samples out of data that is given again.
+
+    Raises:
+        FingerprintError: it is not the data that the store was collected from.
+    """
+    found = []
+    keys = {task: store.samples(task).set_index("row")["key"] for task in {task for task, _ in places}}
+    for task, row in places:
+        rows = tasks.get(task, ())
+        if row >= len(rows) or rows[row].key != keys[task][row]:
+            raise FingerprintError(f"tasks= does not hold {task}_{row} as {store.path} was collected from it")
+        found.append(rows[row])
+    return found
+
+
+def chosen_parameters(instrumented: Sequence[str], patterns: Sequence[str] | None) -> tuple[str, ...]:
+    """Instrumented parameters that match; all of them for None.
+
+    Raises:
+        CoverageError: none does.
+    """
+    names = tuple(n for n in instrumented if patterns is None or any(fnmatchcase(n, p) for p in patterns))
+    if not names:
+        raise CoverageError(f"parameters={patterns!r} matches none of the instrumented parameters")
+    return names
+
+
+def recompute(
+    planner: Planner,
+    facts: ModelFacts,
+    samples: Sequence[Sample],
+    objective: Objective,
+    options: CollectOptions,
+    parameters: Sequence[str],
+) -> dict[str, Tensor]:
+    """Gradients g_i of samples, in their order: per parameter ``[n, *shape]`` float32 on the CPU."""
+    plan = planner.plan_samples({"chosen": samples}, options, objective)
+    order: list[int] = []
+    capture = Capture(parameters)
+    with random_state(options.seed, deterministic=options.deterministic), prepared(facts.model):
+        for rows in plan.tasks[0].batches:
+            plan.batch_pass.run(plan.batch(plan.tasks[0], rows), [capture])
+            order.extend(rows)
+    back = torch.tensor(order).argsort()
+    return {name: gradients[back] for name, gradients in capture.stacked().items()}
