@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fisherscope.cli import adapters, analyze, collect, demo, inspect
+from fisherscope.cli import adapters, analyze, collect, demo, estimate, inspect
 
 __all__ = ["app", "main"]
 
@@ -19,6 +19,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(demo.demo)
+app.command()(estimate.estimate)
 app.command()(collect.collect)
 app.command()(analyze.analyze)
 app.command()(inspect.inspect)

@@ -82,7 +82,7 @@ def check(
     from fisherscope.cli.loading import load_model
     from fisherscope.instrument.scope import wrap
 
-    loaded = load_model(model, device="cpu", trust_remote_code=trust_remote_code, of_any_task=True)
+    loaded = load_model(model, device="cpu", trust_remote_code=trust_remote_code)
     scope = wrap(loaded, adapter=adapter, verify="all", strict=strict)
     layout, coverage = scope.layout, scope.coverage()
     if json:

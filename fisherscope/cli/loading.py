@@ -26,9 +26,8 @@ def load_model(
     attn: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
-    of_any_task: bool = False,
 ) -> Any:
-    """Load a causal language model in eval mode.
+    """Load a model in eval mode, with the head that its checkpoint was saved with.
 
     Args:
         source: a directory, or the id of a model on the hub.
@@ -37,7 +36,6 @@ def load_model(
         attn: attention implementation, such as "eager"; None leaves the choice to transformers.
         revision: branch, tag or commit on the hub.
         trust_remote_code: run code that comes with the model.
-        of_any_task: load what the checkpoint was saved from, be it a causal language model or not.
 
     Raises:
         ModelLoadError: it cannot be loaded; the message says why and what to do.
@@ -46,13 +44,9 @@ def load_model(
     target = _device(device)
     extra = {} if attn is None else {"attn_implementation": attn}
     with _quiet_transformers():
-        import transformers
-
-        auto: Any = transformers.AutoModelForCausalLM
         try:
-            if of_any_task:
-                auto = _class_of(source, revision, trust_remote_code=trust_remote_code)
-            model, info = auto.from_pretrained(
+            kind = _class_of(source, revision, trust_remote_code=trust_remote_code)
+            model, info = kind.from_pretrained(
                 source,
                 dtype=dtype,
                 revision=revision or "main",
@@ -179,7 +173,10 @@ def _explained(source: str, error: Exception) -> ModelLoadError:
             "install a version that knows it"
         )
     elif "Unrecognized configuration class" in text:
-        step = "not a causal language model, which is what collect can load; in Python, fisherscope.wrap it"
+        step = (
+            'its config names no class ("architectures"), and it is not a causal language model: save it '
+            "again with model.save_pretrained, or use fisherscope.wrap in Python"
+        )
     elif isinstance(error, ImportError) or "attn_implementation" in text:
         step = f"{_first_line(error)} Choose another with --attn (eager and sdpa always work)"
     elif local:

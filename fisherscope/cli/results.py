@@ -13,6 +13,7 @@ from fisherscope.cli.guard import FAILED
 
 if TYPE_CHECKING:
     from fisherscope.analyses import AnalyzeConfig, Outcome
+    from fisherscope.instrument.estimate import Estimate
     from fisherscope.report import Report
     from fisherscope.store import ContributionStore
 
@@ -33,6 +34,11 @@ def show_store(store: ContributionStore) -> None:
                 color="yellow",
             )
     table(str(store.path), ["task", "samples", "loss-bearing tokens", "nats per token", "cut"], rows)
+
+
+def show_estimate(estimate: Estimate) -> None:
+    """Bytes and seconds of a planned collection."""
+    table("the collection would take", ["what", "how much"], estimate.rows())
 
 
 def show_description(facts: dict[str, Any]) -> None:

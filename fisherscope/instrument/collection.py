@@ -27,9 +27,9 @@ from fisherscope.instrument.sample_rows import put_samples, ragged_lengths
 from fisherscope.instrument.signals import StopRequest
 from fisherscope.store import SegmentWriter, StoreWriter
 
-_SEGMENT_BYTES = 64 << 20
-_SEGMENT_BATCHES = 16
-_SNAPSHOT_SHARE = 0.1
+SEGMENT_BYTES = 64 << 20
+SEGMENT_BATCHES = 16
+SNAPSHOT_SHARE = 0.1
 
 
 @dataclass
@@ -78,7 +78,7 @@ class Collection:
 
     def _run_task(self, plan: TaskPlan) -> None:
         committed = self.writer.committed_rows(plan.name)
-        collectors, covered = self._collectors(plan)
+        collectors, covered = self.collectors(plan)
         self._applied.clear()
         pending = [b for b in range(len(plan.batches)) if b not in covered]
         done = len(covered)
@@ -86,17 +86,17 @@ class Collection:
         # rows that were committed after the last snapshot are done again for the aggregates alone
         redo = [b for b in pending if committed.issuperset(plan.batches[b])]
         for b in redo:
-            self._run_batch(plan, b, collectors, None, 0)
+            self.run_batch(plan, b, collectors, None, 0)
             done += 1
             self._stop_if_asked(plan, collectors, done)
         todo = [b for b in pending if b not in set(redo)]
-        for group in self._segments(plan, todo):
-            done += self._run_segment(plan, group, collectors)
+        for group in self.segments(plan, todo):
+            done += self.run_segment(plan, group, collectors)
             if self._snapshot_is_due() and done < len(plan.batches):
-                self._snapshot(plan, collectors, done)
+                self.snapshot(plan, collectors, done)
             self._stop_if_asked(plan, collectors, done)
         if pending:
-            self._snapshot(plan, collectors, done)
+            self.snapshot(plan, collectors, done)
         if missing := set(range(len(plan.samples))) - self.writer.committed_rows(plan.name):
             raise StoreError(
                 f"{len(missing)} samples of task {plan.name!r} are not in {self.writer.path} after the last "
@@ -105,7 +105,7 @@ class Collection:
             )
         self.writer.complete(plan.name)
 
-    def _collectors(self, plan: TaskPlan) -> tuple[list[Collector], set[int]]:
+    def collectors(self, plan: TaskPlan) -> tuple[list[Collector], set[int]]:
         """Collectors for a task, with the state of its last snapshot, and the batches which that covers."""
         # group values go last: extensions before them may fill their sinks in the shared pass
         collectors = self.plan.collectors()
@@ -117,20 +117,20 @@ class Collection:
             collector.load_state(snapshot.arrays)
         return collectors, set(snapshot.batches)
 
-    def _segments(self, plan: TaskPlan, batches: Sequence[int]) -> Iterator[list[int]]:
+    def segments(self, plan: TaskPlan, batches: Sequence[int]) -> Iterator[list[int]]:
         """Consecutive batches that are sealed together: about 64 MiB, or 16 batches."""
         group: list[int] = []
         size = 0
         for b in batches:
             group.append(b)
             size += self.plan.estimate.bytes_per_sample * len(plan.batches[b])
-            if size >= _SEGMENT_BYTES or len(group) >= _SEGMENT_BATCHES:
+            if size >= SEGMENT_BYTES or len(group) >= SEGMENT_BATCHES:
                 yield group
                 group, size = [], 0
         if group:
             yield group
 
-    def _run_segment(self, plan: TaskPlan, group: Sequence[int], collectors: list[Collector]) -> int:
+    def run_segment(self, plan: TaskPlan, group: Sequence[int], collectors: list[Collector]) -> int:
         """Run and commit some batches; fewer than asked when a signal arrives.
 
         Returns:
@@ -143,7 +143,7 @@ class Collection:
         start = done = 0
         try:
             for b in group:
-                self._run_batch(plan, b, collectors, segment, start)
+                self.run_batch(plan, b, collectors, segment, start)
                 start += len(plan.batches[b])
                 done += 1
                 if self.stop.signal is not None:
@@ -154,7 +154,7 @@ class Collection:
             raise
         return done
 
-    def _run_batch(
+    def run_batch(
         self,
         plan: TaskPlan,
         number: int,
@@ -168,7 +168,7 @@ class Collection:
             self._halve(plan, number)
             # some parameters have had the samples of the batch that failed: begin at the last snapshot again
             collectors.clear()
-            fresh, covered = self._collectors(plan)
+            fresh, covered = self.collectors(plan)
             collectors.extend(fresh)
             redo = [b for b in self._applied if b not in covered]
             done = all(self._attempt(plan, b, collectors, None, 0) for b in redo) and self._attempt(
@@ -243,9 +243,10 @@ class Collection:
 
     def _snapshot_is_due(self) -> bool:
         """Snapshots may take a tenth of the run's time."""
-        return time.monotonic() - self._snapshot_at >= self._snapshot_seconds / _SNAPSHOT_SHARE
+        return time.monotonic() - self._snapshot_at >= self._snapshot_seconds / SNAPSHOT_SHARE
 
-    def _snapshot(self, plan: TaskPlan, collectors: Sequence[Collector], done: int) -> None:
+    def snapshot(self, plan: TaskPlan, collectors: Sequence[Collector], done: int) -> None:
+        """Commit the aggregates of the first ``done`` batches."""
         begun = time.monotonic()
         arrays = {}
         for collector in collectors:
@@ -259,7 +260,7 @@ class Collection:
     def _stop_if_asked(self, plan: TaskPlan, collectors: Sequence[Collector], done: int) -> None:
         if self.stop.signal is None or done == len(plan.batches):
             return
-        self._snapshot(plan, collectors, done)
+        self.snapshot(plan, collectors, done)
         name = signal.Signals(self.stop.signal).name
         raise Interrupted(
             f"stopped by {name}: {done} of {len(plan.batches)} batches of task {plan.name!r} are sealed in "

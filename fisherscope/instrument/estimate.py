@@ -42,20 +42,40 @@ class Estimate:
         """The same with what the largest batch takes."""
         return replace(self, memory_bytes=memory_bytes)
 
-    def __str__(self) -> str:
-        def show(n: int) -> str:
-            return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.2f} MiB"
+    def rows(self) -> list[tuple[str, str]]:
+        """What there is, in words: quantity and amount."""
+        found = [
+            ("samples", f"{self.samples:,}"),
+            ("one sample on disk", show_bytes(self.bytes_per_sample)),
+            ("of which gradients", show_bytes(self.gradient_bytes_per_sample)),
+            ("aggregates on disk", show_bytes(self.aggregate_bytes)),
+            ("disk", show_bytes(self.disk_bytes)),
+            ("memory of accumulators", show_bytes(self.accumulator_bytes)),
+        ]
+        if self.memory_bytes:
+            found.append(("memory beside the model", show_bytes(self.memory_bytes)))
+        if self.seconds is not None:
+            found.append(("time", show_seconds(self.seconds)))
+        return found
 
+    def __str__(self) -> str:
         return (
-            f"{self.samples} samples x {show(self.bytes_per_sample)} "
-            f"(gradients {show(self.gradient_bytes_per_sample)}) + aggregates {show(self.aggregate_bytes)} "
-            f"= {show(self.disk_bytes)} on disk, {show(self.accumulator_bytes)} of accumulators"
-            + (f", {show(self.memory_bytes)} of memory with a batch" if self.memory_bytes else "")
-            + ("" if self.seconds is None else f", {_duration(self.seconds)}")
+            f"{self.samples} samples x {show_bytes(self.bytes_per_sample)} "
+            f"(gradients {show_bytes(self.gradient_bytes_per_sample)}) + aggregates "
+            f"{show_bytes(self.aggregate_bytes)} = {show_bytes(self.disk_bytes)} on disk, "
+            f"{show_bytes(self.accumulator_bytes)} of accumulators"
+            + (f", {show_bytes(self.memory_bytes)} of memory with a batch" if self.memory_bytes else "")
+            + ("" if self.seconds is None else f", {show_seconds(self.seconds)}")
         )
 
 
-def _duration(seconds: float) -> str:
+def show_bytes(n: int) -> str:
+    """Such as "17.35 MiB"."""
+    return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.2f} MiB"
+
+
+def show_seconds(seconds: float) -> str:
+    """Such as "3 h 05 min"."""
     if seconds < 120:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     minutes = round(seconds / 60)

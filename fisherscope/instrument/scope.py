@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -35,12 +36,13 @@ from fisherscope.instrument.on_demand import (
     stored_samples,
 )
 from fisherscope.instrument.options import BatchSize, CollectOptions, ComputeDtype, Durability
-from fisherscope.instrument.planning import Planner
+from fisherscope.instrument.planning import Planner, RunPlan
 from fisherscope.instrument.prepared import prepared
 from fisherscope.instrument.progress import progress
 from fisherscope.instrument.signals import stop_on_signals
 from fisherscope.instrument.targets import ParameterChoice, select_targets
 from fisherscope.instrument.tasks import Tasks, prepare_tasks
+from fisherscope.instrument.trial_run import try_run
 from fisherscope.layout import GroupTable, ModelLayout, Partition
 from fisherscope.linalg import Dense
 from fisherscope.store import ContributionStore, StoreWriter, open_store
@@ -131,17 +133,35 @@ class Scope:
         tasks: Tasks,
         *,
         extensions: Sequence[str | Extension] = ("fisher", "sample_gradients"),
+        measure: bool = True,
+        directory: str | Path | None = None,
         **options: Any,
     ) -> Estimate:
-        """Bytes on disk and in accumulators that a collection would take; nothing is run or written.
+        """Time, memory and disk that a collection would take.
 
         Args:
             tasks: as for :meth:`collect`.
             extensions: as for :meth:`collect`.
-            **options: other options of :meth:`collect` that change sizes (``max_samples``, ``max_length``).
+            measure: run a few of the batches, the largest among them, for the time and the memory. Without
+                it there are sizes alone, and for ``batch_size="auto"`` the memory by a forward pass of the
+                longest sample.
+            directory: on the disk that the store will be on; by default where temporary files go. What the
+                trial writes there is removed.
+            **options: other options of :meth:`collect`.
+
+        Returns:
+            An :class:`~fisherscope.instrument.estimate.Estimate`; print it.
         """
-        chosen = CollectOptions(extensions=extensions, **options)
-        return self._planner.plan(tasks, chosen).estimate
+        begun = time.perf_counter()
+        plan = self._planner.plan(tasks, CollectOptions(extensions=extensions, **options))
+        if not measure:
+            return plan.estimate
+        header, constants = self._planner.header(plan), self._constants(plan)
+        prepared_in = time.perf_counter() - begun
+        where = None if directory is None else Path(directory)
+        trial = try_run(plan, header, constants, self._forward_dtype(), where)
+        memory = plan.estimate.memory_bytes if trial.memory_bytes is None else trial.memory_bytes
+        return replace(plan.estimate, seconds=prepared_in + trial.seconds, memory_bytes=memory)
 
     def collect(
         self,
@@ -240,8 +260,7 @@ class Scope:
                 sys.stderr.write(f"collect: {plan.estimate}; {plan.limits}\n")
             count = sum(len(task.samples) for task in plan.tasks)
             bar = stack.enter_context(progress(count, quiet=options.quiet))
-            constants = {"groups/theta_square": self._theta_square(plan.context.groups)}
-            Collection(plan, writer, stop, bar, self._forward_dtype(), constants).run()
+            Collection(plan, writer, stop, bar, self._forward_dtype(), self._constants(plan)).run()
         return open_store(path)
 
     def gradients(
@@ -297,6 +316,9 @@ class Scope:
         device = self._facts.device.type
         enabled = torch.is_autocast_enabled(device)
         return torch.get_autocast_dtype(device) if enabled else self._facts.dtype
+
+    def _constants(self, plan: RunPlan) -> dict[str, torch.Tensor]:
+        return {"groups/theta_square": self._theta_square(plan.context.groups)}
 
     def _theta_square(self, groups: GroupTable) -> torch.Tensor:
         """``sum theta ** 2`` of each group, float64."""

@@ -12,7 +12,7 @@ COMMANDS = [command.callback.__name__ for command in app.registered_commands]
 
 def test_commands():
     """The commands that there are."""
-    assert COMMANDS == ["demo", "collect", "analyze", "inspect"]
+    assert COMMANDS == ["demo", "estimate", "collect", "analyze", "inspect"]
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], []])
@@ -52,6 +52,7 @@ def test_nothing_heavy_is_imported_for_help():
     [
         (["bogus"], "No such command 'bogus'"),
         (["collect"], "Missing option"),
+        (["estimate"], "Missing option"),
         (["analyze"], "Missing argument 'STORE'"),
         (["inspect"], "Missing argument 'STORE'"),
         (["demo", "--bogus"], "No such option"),
@@ -75,6 +76,9 @@ def test_wrong_usage(run, arguments, message):
         (["--task", "a=x", "--max-length", "1"], "Invalid value for '--max-length'"),
         (["--task", "a=x", "--max-samples", "0"], "Invalid value for '--max-samples'"),
         (["--task", "a=x", "--fisher", "half"], "--fisher"),
+        (["--task", "a=x", "--labels", "mine"], "--labels"),
+        (["--task", "a=x", "--draws", "0"], "--draws"),
+        (["--task", "a=x", "--also", "everything"], "--also"),
         (["--task", "a=x", "--parameters", "all", "--parameters", "*.weight"], "'all' cannot be combined"),
     ],
 )

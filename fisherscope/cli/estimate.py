@@ -1,0 +1,102 @@
+"""``fisherscope estimate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fisherscope.cli import options as opt
+from fisherscope.cli.guard import guarded
+from fisherscope.cli.request import make_extensions, open_scope
+from fisherscope.cli.results import show_estimate
+from fisherscope.cli.tasks import parse_batch_size, parse_tasks
+
+
+@guarded
+def estimate(
+    model: opt.Model,
+    task: opt.Task,
+    out: opt.EstimateOut = None,
+    tokenizer: opt.Tokenizer = None,
+    device: opt.Device = "auto",
+    model_dtype: opt.Dtype = opt.ModelDtype.AUTO,
+    attn: opt.Attention = None,
+    revision: opt.Revision = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    max_samples: opt.MaxSamples = None,
+    max_length: opt.MaxLength = None,
+    store_text: opt.StoreText = True,
+    objective: opt.Objective = "auto",
+    parameters: opt.Parameters = ["linear"],  # noqa: B006 - typer copies it
+    gradients: opt.Gradients = True,
+    gradient_parameters: opt.GradientParameters = ["attention"],  # noqa: B006 - typer copies it
+    gradient_dtype: opt.StoredDtype = opt.GradientDtype.BFLOAT16,
+    fisher: opt.Fisher = opt.FisherShape.FULL,
+    labels: opt.Labels = [opt.LabelSource.DATA],  # noqa: B006 - typer copies it
+    draws: opt.Draws = 1,
+    normalization: opt.Normalize = opt.Normalization.PER_TOKEN,
+    also: opt.Also = [],  # noqa: B006 - typer copies it
+    batch_size: opt.BatchSize = "auto",
+    memory_budget: opt.MemoryBudget = None,
+    compute_dtype: opt.Compute = opt.ComputeDtype.FLOAT32,
+    durability: opt.Durable = opt.Durability.POWER,
+    deterministic: opt.Deterministic = False,
+    seed: opt.Seed = 0,
+    measure: opt.Measure = True,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
+) -> None:
+    """How long a collection will take, and how much memory and disk.
+
+    Takes the options of `collect`. Some batches are run, the largest among them, into a temporary store.
+
+    Example:
+        fisherscope estimate --model ./my-model --task math=math.jsonl --task code=code.jsonl
+    """
+    del debug
+    files = parse_tasks(task)
+    size = parse_batch_size(batch_size)
+    extensions = make_extensions(
+        fisher=fisher,
+        labels=labels,
+        draws=draws,
+        normalization=normalization,
+        gradients=gradients,
+        gradient_parameters=gradient_parameters,
+        gradient_dtype=gradient_dtype,
+        also=also,
+    )
+    scope, rows = open_scope(
+        model,
+        tokenizer,
+        files,
+        parameters,
+        device=device,
+        dtype=model_dtype,
+        attn=attn,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        quiet=quiet,
+    )
+    found = scope.estimate(
+        rows,
+        measure=measure,
+        directory=None if out is None else _existing(out),
+        extensions=extensions,
+        objective=objective,
+        max_length=max_length,
+        max_samples=max_samples,
+        batch_size=size,
+        memory_budget=memory_budget,
+        compute_dtype=compute_dtype.value,
+        store_text=store_text,
+        durability=durability.value,
+        deterministic=deterministic,
+        seed=seed,
+    )
+    show_estimate(found)
+
+
+def _existing(path: Path) -> Path:
+    """The directory that is there already, on the disk that this one will be on."""
+    path = path.absolute()
+    return next(parent for parent in (path, *path.parents) if parent.is_dir())
