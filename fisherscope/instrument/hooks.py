@@ -142,12 +142,10 @@ class GradientTap:
 
     def _watch_call(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Keep a call of a module without a rule, until the gradients of all that it returned are known."""
-        if isinstance(output, Tensor) and not output.requires_grad:
-            output = output.detach().requires_grad_()
         # copies: one output may depend on another within the module, and what counts comes from outside;
         # views would not do where the model goes on to change what it was given in place
-        output = pytree.tree_map_only(Tensor, lambda t: t.clone() if t.requires_grad else t, output)
         samples = Samples(self._n, self._positions)
+        output = pytree.tree_map_only(Tensor, samples.own, output)
         replay = Replay(site.module, args, kwargs, samples, self._silenced)
         returned = floating(output)
         places = [k for k, tensor in enumerate(returned) if tensor.requires_grad]

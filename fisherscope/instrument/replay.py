@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
+from fisherscope.adapters.kinds import is_a
 from fisherscope.linalg import Dense, OneByOne, PerSampleGradient
 
 _MOST_BYTES = 256 << 20  # of gradients that are held together
@@ -37,6 +38,22 @@ class Samples:
     def fits(self, tensor: Tensor) -> bool:
         """Whether the first axis is that of samples, or of samples and positions."""
         return tensor.dim() > 0 and tensor.shape[0] in {self.n, self.n * self.positions}
+
+    def are_served_at_once(self, tensor: Tensor) -> bool:
+        """Whether all samples share what would broadcast over them, such as T5's position biases."""
+        return tensor.dim() > 2 and tensor.shape[0] == 1 < self.n
+
+    def own(self, tensor: Tensor) -> Tensor:
+        """A copy that asks for a gradient, in which every sample has rows of its own.
+
+        With its weight frozen, a table's output asks for none by itself.
+        """
+        if not tensor.is_floating_point():
+            return tensor
+        if self.are_served_at_once(tensor):
+            tensor = tensor.expand(self.n, *tensor.shape[1:])
+        copy = tensor.clone()
+        return copy if copy.requires_grad else copy.requires_grad_()
 
     def take(self, tensor: Tensor, i: int) -> Tensor:
         """Rows of sample i; all of a tensor that all samples share."""
@@ -66,7 +83,10 @@ class Replay:
             silence: a context in which hooks take no notice of calls.
         """
         self._module = module
-        self._given = pytree.tree_map_only(Tensor, torch.Tensor.detach, (args, kwargs))
+        # a cache holds what the call itself has put there: without it a sample is run from its beginning
+        positional = tuple(_without_cache(value) for value in args)
+        plain = positional, {k: _without_cache(v) for k, v in kwargs.items()}
+        self._given = pytree.tree_map_only(Tensor, torch.Tensor.detach, plain)
         self._samples = samples
         self._silence = silence
 
@@ -119,6 +139,10 @@ class Replay:
         }
 
 
+def _without_cache(value: Any) -> Any:
+    return None if is_a(value, "transformers", "Cache") else value
+
+
 def floating(output: Any) -> list[Tensor]:
     """The tensors of floating point in what a module returns, in order."""
     return [
@@ -131,7 +155,7 @@ def is_replayable(
 ) -> bool:
     """Whether a call gives each sample the same when it is run for that sample alone."""
     returned = floating(output)
-    if not returned or not all(samples.fits(tensor) for tensor in returned):
+    if not returned or not all(samples.fits(t) or samples.are_served_at_once(t) for t in returned):
         return False
     replay = Replay(module, args, kwargs, samples, nullcontext)
     try:

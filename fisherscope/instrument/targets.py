@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 import pandas as pd
 from torch import nn
 
-from fisherscope.adapters.injected import is_added, tuned_layers
+from fisherscope.adapters.injected import tuned_layers
 from fisherscope.adapters.modules import is_linear_map
 from fisherscope.adapters.tuned_parameters import Adaptation, adaptation
 from fisherscope.errors import CoverageError
@@ -90,7 +90,7 @@ def select_targets(model: nn.Module, layout: ModelLayout, choice: ParameterChoic
     }
     trial = try_out(model, {name: [use.module for use in uses[name]] for name in chosen})
     found = {name: _watched(uses[name], trial, name) for name in chosen - tuned.idle.keys()}
-    found |= _through_tuned_layers(model, [name for name, (_, reason) in found.items() if reason])
+    found |= _through_enclosing(model, [name for name, (_, reason) in found.items() if reason])
     rows, parameters = [], []
     sites: dict[str, Site] = {}
     for info in layout.parameters:
@@ -130,26 +130,35 @@ def _uses(model: nn.Module) -> dict[str, list[_Use]]:
     return found
 
 
-def _through_tuned_layers(model: nn.Module, names: list[str]) -> dict[str, tuple[list[_Use], str]]:
-    """Parameters that can be had by running layers of PEFT again, which use them around their modules.
+def _through_enclosing(model: nn.Module, names: list[str]) -> dict[str, tuple[list[_Use], str]]:
+    """Parameters that can be had by running a module again in which theirs is.
 
-    Bare parameters are multiplied in the layer that PEFT has put around one of the model's, and DoRA calls
+    T5's table of position biases is looked up once for all samples, but its attention is called for each.
+    PEFT multiplies bare parameters in the layer that it has put around one of the model's, and DoRA calls
     LoRA's matrices on a unit matrix, too.
     """
-    wanted = {id(model.get_parameter(name)): name for name in names}
-    uses: dict[str, list[_Use]] = {}
-    for path, module in tuned_layers(model).items():
-        for local, parameter in module.named_parameters(remove_duplicate=False):
-            if id(parameter) in wanted and is_added(f"{path}.{local}", [path]):
-                uses.setdefault(wanted[id(parameter)], []).append(_Use(path, module, local, None))
-    if not uses:
-        return {}
-    trial = try_out(model, {name: [use.module for use in mine] for name, mine in uses.items()})
-    return {
-        name: (mine, "")
-        for name, mine in uses.items()
-        if name not in trial.unseen and all(use.module in trial.replayable for use in mine)
-    }
+    found: dict[str, tuple[list[_Use], str]] = {}
+    for enclosing in (tuned_layers(model), _parents(model, names, 1), _parents(model, names, 2)):
+        wanted = {id(model.get_parameter(name)): name for name in names if name not in found}
+        uses: dict[str, list[_Use]] = {}
+        for path, module in enclosing.items():
+            for local, parameter in module.named_parameters(remove_duplicate=False):
+                if id(parameter) in wanted:
+                    uses.setdefault(wanted[id(parameter)], []).append(_Use(path, module, local, None))
+        if uses:
+            trial = try_out(model, {name: [use.module for use in mine] for name, mine in uses.items()})
+            found |= {
+                name: (mine, "")
+                for name, mine in uses.items()
+                if name not in trial.unseen and all(use.module in trial.replayable for use in mine)
+            }
+    return found
+
+
+def _parents(model: nn.Module, names: list[str], levels: int) -> dict[str, nn.Module]:
+    """The modules that are so many levels above those of the parameters, inside of the layers."""
+    paths = {name.rsplit(".", levels + 1)[0] for name in names if name.count(".") > levels + 2}
+    return {path: model.get_submodule(path) for path in sorted(paths)}
 
 
 def _watched(uses: list[_Use], trial: Trial, name: str) -> tuple[list[_Use], str]:
