@@ -6,8 +6,6 @@ import logging
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib import import_module
-from importlib.metadata import entry_points
 from typing import Any, Literal
 
 from torch import nn
@@ -18,19 +16,17 @@ from fisherscope.adapters.probe import verify_layout
 from fisherscope.adapters.tuned_heads import with_adapters
 from fisherscope.errors import AdapterError
 from fisherscope.layout import ModelLayout
+from fisherscope.plugins import Plugins
 
 logger = logging.getLogger(__name__)
 
 Adapter = Callable[[nn.Module, Any], Stack | Sequence[Stack]]
 Verify = Literal["first", "all", False]
 
-ENTRY_POINT_GROUP = "fisherscope.adapters"
-_BUILT_IN = tuple(
-    f"fisherscope.adapters.families.{name}" for name in ("gpt2", "llama", "fused", "experts", "encoders")
-)
+_FAMILIES = ("gpt2", "llama", "fused", "experts", "encoders")
+_plugins = Plugins("fisherscope.adapters", *(f"fisherscope.adapters.families.{name}" for name in _FAMILIES))
 
 _adapters: dict[str, Adapter] = {}
-_loaded = False
 
 
 def register(*model_types: str) -> Callable[[Adapter], Adapter]:
@@ -56,20 +52,20 @@ def register_adapter(function: Adapter, *model_types: str) -> None:
     if not model_types:
         raise ValueError("name at least one config.model_type that the adapter describes")
     for model_type in model_types:
-        if _loaded and _adapters.get(model_type, function) is not function:
+        if _plugins.have_built_in and _adapters.get(model_type, function) is not function:
             logger.warning("the adapter for model_type %r is replaced by %s", model_type, function)
         _adapters[model_type] = function
 
 
 def known_model_types() -> list[str]:
     """All model types with an adapter, sorted."""
-    _load()
+    _plugins.load()
     return sorted(_adapters)
 
 
 def registered_adapter(model_type: str) -> Adapter | None:
     """The adapter of a model type, if there is one."""
-    _load()
+    _plugins.load()
     return _adapters.get(model_type)
 
 
@@ -181,15 +177,3 @@ def _detected(model: nn.Module, model_type: str, *, every_layer: bool, strict: b
         raise AdapterError(message)
     warnings.warn(message, stacklevel=4)
     return layout if layout.attention else replace(layout, source="modules")
-
-
-def _load() -> None:
-    """Import the built-in families, then those of other packages: at first use, never at import."""
-    global _loaded  # noqa: PLW0603 - a one-time latch
-    if _loaded:
-        return
-    for module in _BUILT_IN:
-        import_module(module)
-    _loaded = True
-    for entry in entry_points(group=ENTRY_POINT_GROUP):
-        entry.load()

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, is_dataclass
-from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
 from fisherscope.analyses.config import PARTS, AnalyzeConfig, build
@@ -15,9 +13,8 @@ from fisherscope.analyses.outcome import Failed, Outcome, SkipAnalysis, Skipped
 from fisherscope.analyses.quantities import QUANTITIES, missing
 from fisherscope.analyses.result import Result
 from fisherscope.errors import Interrupted, NotStoredError
+from fisherscope.plugins import Plugins
 from fisherscope.store import ContributionStore
-
-ENTRY_POINTS = "fisherscope.analyses"
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +69,7 @@ class Registry:
     """Analyses by name, in order of registration."""
 
     analyses: dict[str, Analysis] = field(default_factory=dict)
-    _loaded: bool = False
+    plugins: Plugins = field(default_factory=lambda: Plugins("fisherscope.analyses"))
 
     def register(
         self,
@@ -108,7 +105,7 @@ class Registry:
 
     def names(self) -> list[str]:
         """All analyses in the order they run, those of other packages included."""
-        self._load()
+        self.plugins.load()
         return list(self.analyses)
 
     def get(self, name: str) -> Analysis:
@@ -117,24 +114,11 @@ class Registry:
         Raises:
             ValueError: there is none; the message lists those there are.
         """
-        self._load()
+        self.plugins.load()
         try:
             return self.analyses[name]
         except KeyError:
             raise ValueError(f"no analysis {name!r}: choose from {', '.join(self.analyses)}") from None
-
-    def _load(self) -> None:
-        """Import the analyses that installed packages declare, once, at the first look-up."""
-        if self._loaded:
-            return
-        self._loaded = True
-        for point in entry_points(group=ENTRY_POINTS):
-            try:
-                point.load()
-            except Exception as error:
-                warnings.warn(
-                    f"cannot load the analysis {point.name!r} of {point.value!r}: {error}", stacklevel=3
-                )
 
 
 REGISTRY = Registry()

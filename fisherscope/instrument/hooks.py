@@ -17,7 +17,7 @@ from fisherscope.instrument.lookup import Lookup, lookup_of
 from fisherscope.instrument.replay import Replay, Samples, floating
 from fisherscope.instrument.targets import Site, Targets
 from fisherscope.instrument.uses import Use
-from fisherscope.linalg import Factored, PerSampleGradient, Rows, Total
+from fisherscope.linalg import PerSampleGradient, added
 
 Emit = Callable[[str, PerSampleGradient], None]
 
@@ -194,7 +194,7 @@ class GradientTap:
         for local, gradient in gradients.items():
             name = site.parameters[local]
             if name in self._pieces:
-                gradient = _sum_of_uses(self._pieces.pop(name), gradient)  # noqa: PLW2901
+                gradient = added(self._pieces.pop(name), gradient)  # noqa: PLW2901
             self._open_uses[name] -= 1
             if self._open_uses[name]:
                 self._pieces[name] = gradient
@@ -211,11 +211,3 @@ def _alias_input(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] |
     if not args or not isinstance(args[0], Tensor):
         return None
     return (args[0].view_as(args[0]), *args[1:])
-
-
-def _sum_of_uses(first: PerSampleGradient, second: PerSampleGradient) -> PerSampleGradient:
-    if isinstance(first, Factored) and isinstance(second, Factored):
-        return first.concatenated(second)
-    if isinstance(first, Rows) and isinstance(second, Rows):
-        return first.joined(second)
-    return Total(first, second)

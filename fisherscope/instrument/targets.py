@@ -18,7 +18,7 @@ from fisherscope.instrument.trial import Trial, try_out
 from fisherscope.layout import ModelLayout, ParameterInfo
 
 # kinds of parameters whose modules are given every position of every sample once and in order
-_EVERY_POSITION = frozenset({"attention", "mlp", "norm", "router"})
+EVERY_POSITION = frozenset({"attention", "mlp", "norm", "router"})
 
 # what to choose where adapters have nothing to offer
 _OTHERS = (
@@ -98,7 +98,7 @@ def select_targets(model: nn.Module, layout: ModelLayout, choice: ParameterChoic
         if not reason:
             parameters.append(info.name)
             for use in mine:
-                every = info.kind in _EVERY_POSITION
+                every = info.kind in EVERY_POSITION
                 site = sites.setdefault(use.path, Site(use.path, use.module, use.rule, {}, every))
                 site.parameters[use.local] = info.name
         kind = type(uses[info.name][0].module).__name__

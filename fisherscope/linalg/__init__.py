@@ -6,6 +6,6 @@ from fisherscope.linalg.gradient import PerSampleGradient
 from fisherscope.linalg.lazy import OneByOne
 from fisherscope.linalg.moments import Moments
 from fisherscope.linalg.rows import Rows
-from fisherscope.linalg.total import Total
+from fisherscope.linalg.total import Total, added
 
-__all__ = ["Dense", "Factored", "Moments", "OneByOne", "PerSampleGradient", "Rows", "Total"]
+__all__ = ["Dense", "Factored", "Moments", "OneByOne", "PerSampleGradient", "Rows", "Total", "added"]

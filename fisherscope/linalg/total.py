@@ -11,7 +11,9 @@ from typing_extensions import override
 from fisherscope.layout import ParameterSlice, Partition
 from fisherscope.layout.slices import Cut
 from fisherscope.linalg.dense import Dense
+from fisherscope.linalg.factored import Factored
 from fisherscope.linalg.gradient import PerSampleGradient, tile_bytes
+from fisherscope.linalg.rows import Rows
 
 
 class Total(PerSampleGradient):
@@ -76,3 +78,12 @@ class Total(PerSampleGradient):
             piece = ParameterSlice("", self.shape, (Cut(0, rows.start, rows.stop),))
             out += Dense(tile).gram(Dense(theirs.cut(piece).dense()))
         return out
+
+
+def added(first: PerSampleGradient, second: PerSampleGradient) -> PerSampleGradient:
+    """The sum of two gradients of one parameter: two uses of it, added before anything is squared."""
+    if isinstance(first, Factored) and isinstance(second, Factored):
+        return first.concatenated(second)
+    if isinstance(first, Rows) and isinstance(second, Rows):
+        return first.joined(second)
+    return Total(first, second)

@@ -192,7 +192,7 @@ def test_entry_points_are_loaded_at_the_first_lookup(monkeypatch):
         assert group == "fisherscope.analyses"
         return [Point("theirs", good), Point("broken", bad)]
 
-    monkeypatch.setattr("fisherscope.analyses.registry.entry_points", points)
-    with pytest.warns(UserWarning, match="cannot load the analysis 'broken'"):
+    monkeypatch.setattr("fisherscope.plugins.entry_points", points)
+    with pytest.warns(UserWarning, match="cannot load 'broken' of 'package:broken'"):
         assert registry.names() == ["theirs"]
     assert registry.names() == ["theirs"]

@@ -16,7 +16,7 @@ from fisherscope.instrument.collection import Collection
 @contextmanager
 def interrupted_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Ctrl-C arrives while that batch runs."""
-    run_batch, seen = Collection._run_batch, []
+    run_batch, seen = Collection.run_batch, []
 
     def run(self: Collection, *args: Any) -> None:
         run_batch(self, *args)
@@ -25,5 +25,5 @@ def interrupted_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> Iterator
             os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Collection, "_run_batch", run)
+        patch.setattr(Collection, "run_batch", run)
         yield

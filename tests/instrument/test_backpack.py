@@ -648,7 +648,7 @@ def test_interrupted_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         )
 
     whole = collect("whole.fs")
-    run_batch, done = collection.Collection._run_batch, []
+    run_batch, done = collection.Collection.run_batch, []
 
     def stop_after_two(self: collection.Collection, *args: Any) -> None:
         run_batch(self, *args)
@@ -657,7 +657,7 @@ def test_interrupted_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             self.stop.signal = 15
 
     with monkeypatch.context() as patched:
-        patched.setattr(collection.Collection, "_run_batch", stop_after_two)
+        patched.setattr(collection.Collection, "run_batch", stop_after_two)
         with pytest.raises(fs.errors.Interrupted):
             collect("stopped.fs")
     resumed = collect("stopped.fs")

@@ -10,9 +10,8 @@ from torch import nn
 from fisherscope.adapters import registered_adapter, resolve
 from fisherscope.errors import AdapterError
 from fisherscope.instrument.rules import Rule, find_rule
+from fisherscope.instrument.targets import EVERY_POSITION
 from fisherscope.instrument.trial import try_out
-
-_EVERY_POSITION = frozenset({"attention", "mlp", "norm", "router"})
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def given_every_position(model: nn.Module) -> frozenset[str]:
         layout = resolve(model, verify=False)
     except AdapterError:
         return frozenset()
-    return frozenset(info.name for info in layout.parameters if info.kind in _EVERY_POSITION)
+    return frozenset(info.name for info in layout.parameters if info.kind in EVERY_POSITION)
 
 
 def unseen(

@@ -8,7 +8,7 @@ from torch import nn
 
 from fisherscope.errors import FisherscopeError
 from fisherscope.instrument.backpack.calls import graph_task
-from fisherscope.linalg import Factored, PerSampleGradient, Rows, Total
+from fisherscope.linalg import PerSampleGradient, added
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Pieces:
         task, held = graph_task(), self._held.get(parameter)
         # what another backward pass has left, which did not go as far as to the parameter, is not of this one
         if held is not None and (held.task == task or is_repeated):
-            gradient, is_repeated = _added(held.gradient, gradient), is_repeated or held.is_repeated
+            gradient, is_repeated = added(held.gradient, gradient), is_repeated or held.is_repeated
         self._held[parameter] = _Piece(gradient, task, is_repeated)
 
     def take(self, parameter: nn.Parameter, name: str) -> PerSampleGradient | None:
@@ -62,11 +62,3 @@ class Pieces:
             )
         self._taken[parameter] = held.is_repeated
         return held.gradient
-
-
-def _added(first: PerSampleGradient, second: PerSampleGradient) -> PerSampleGradient:
-    if isinstance(first, Factored) and isinstance(second, Factored):
-        return first.concatenated(second)
-    if isinstance(first, Rows) and isinstance(second, Rows):
-        return first.joined(second)
-    return Total(first, second)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import import_module
-from importlib.metadata import entry_points
 
 from fisherscope.instrument.extensions.base import Extension
+from fisherscope.plugins import Plugins
 
-ENTRY_POINT_GROUP = "fisherscope.extensions"
-_BUILT_IN = (
+_plugins = Plugins(
+    "fisherscope.extensions",
     "fisherscope.instrument.extensions.exact_per_token",
     "fisherscope.instrument.extensions.fisher",
     "fisherscope.instrument.extensions.kronecker",
@@ -18,7 +17,6 @@ _BUILT_IN = (
 )
 
 _extensions: dict[str, type[Extension]] = {}
-_loaded = False
 
 
 def register_extension(extension: type[Extension]) -> type[Extension]:
@@ -33,7 +31,7 @@ def resolve_extensions(chosen: Sequence[str | Extension]) -> tuple[Extension, ..
     Raises:
         ValueError: an unknown name, or one quantity twice.
     """
-    _load()
+    _plugins.load()
     if isinstance(chosen, str):
         chosen = (chosen,)
     found: dict[str, Extension] = {}
@@ -48,14 +46,3 @@ def resolve_extensions(chosen: Sequence[str | Extension]) -> tuple[Extension, ..
             raise ValueError(f"extension {extension.name!r} is given twice")
         found[extension.name] = extension
     return tuple(found.values())
-
-
-def _load() -> None:
-    global _loaded  # noqa: PLW0603 - a one-time latch
-    if _loaded:
-        return
-    _loaded = True
-    for module in _BUILT_IN:
-        import_module(module)
-    for entry in entry_points(group=ENTRY_POINT_GROUP):
-        entry.load()

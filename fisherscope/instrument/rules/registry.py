@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.metadata import entry_points
 
 from torch import Tensor, nn
 
 from fisherscope.linalg import PerSampleGradient
+from fisherscope.plugins import Plugins
 
 
 @dataclass(frozen=True)
@@ -31,9 +30,8 @@ class LayerCall:
 
 RuleFunction = Callable[[nn.Module, LayerCall, frozenset[str]], dict[str, PerSampleGradient]]
 
-ENTRY_POINT_GROUP = "fisherscope.rules"
 _LAYERS = ("linear", "conv1d", "embedding", "norm", "conv2d")
-_BUILT_IN = tuple(f"fisherscope.instrument.rules.{name}" for name in _LAYERS)
+_plugins = Plugins("fisherscope.rules", *(f"fisherscope.instrument.rules.{name}" for name in _LAYERS))
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,6 @@ class Rule:
 
 
 _rules: dict[type[nn.Module], Rule] = {}
-_loaded = False
 
 
 def register_rule(
@@ -81,22 +78,10 @@ def register_rule(
 
 def find_rule(module: nn.Module) -> Rule | None:
     """The first rule that applies to a layer, by its type and then its base types; None if there is none."""
-    _load()
+    _plugins.load()
     for layer_type in type(module).__mro__:
         if layer_type in _rules:
             rule = _rules[layer_type]
             if rule.applies is None or rule.applies(module):
                 return rule
     return None
-
-
-def _load() -> None:
-    """Import the built-in rules, then those of other packages, at first use."""
-    global _loaded  # noqa: PLW0603 - a one-time latch
-    if _loaded:
-        return
-    _loaded = True
-    for module in _BUILT_IN:
-        import_module(module)
-    for entry in entry_points(group=ENTRY_POINT_GROUP):
-        entry.load()
