@@ -28,11 +28,11 @@ from tests import models
 out, slow = sys.argv[1], float(sys.argv[2])
 setting = next(s for s in models.SETTINGS if s.name == "qwen2")
 collection._SEGMENT_BATCHES = 2
-advance = collection.Collection._run_batch
+advance = collection.Collection.run_batch
 def delayed(self, *args):
     time.sleep(slow)
     return advance(self, *args)
-collection.Collection._run_batch = delayed
+collection.Collection.run_batch = delayed
 scope = fs.wrap(models.build(setting))
 scope.collect({"a": models.rows(24), "b": models.rows(9, seed=5)}, out, batch_size=2, quiet=True)
 """
@@ -104,7 +104,7 @@ def test_interrupt_seals_and_says_how_to_go_on(tmp_path: Path, monkeypatch: pyte
     from fisherscope.instrument import collection
 
     seen = []
-    run_batch = collection.Collection._run_batch
+    run_batch = collection.Collection.run_batch
 
     def interrupt_at_the_third(self: collection.Collection, *args: object) -> None:
         run_batch(self, *args)  # type: ignore[arg-type]
@@ -112,7 +112,7 @@ def test_interrupt_seals_and_says_how_to_go_on(tmp_path: Path, monkeypatch: pyte
         if len(seen) == 3:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(collection.Collection, "_run_batch", interrupt_at_the_third)
+    monkeypatch.setattr(collection.Collection, "run_batch", interrupt_at_the_third)
     before = signal.getsignal(signal.SIGINT)
     out = tmp_path / "run.fs"
     with pytest.raises(Interrupted, match=r"3 of 12 batches of task 'a'") as caught:
@@ -135,7 +135,7 @@ def test_a_complete_store_is_reused_without_work(tmp_path: Path, monkeypatch: py
     def never(*_: object) -> None:
         raise AssertionError("a batch was run again")
 
-    monkeypatch.setattr(collection.Collection, "_run_batch", never)
+    monkeypatch.setattr(collection.Collection, "run_batch", never)
     _collect(out)
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == files
 
