@@ -27,7 +27,7 @@ from fisherscope.instrument import collection
 from tests import models
 out, slow = sys.argv[1], float(sys.argv[2])
 setting = next(s for s in models.SETTINGS if s.name == "qwen2")
-collection._SEGMENT_BATCHES = 2
+collection.SEGMENT_BATCHES = 2
 advance = collection.Collection.run_batch
 def delayed(self, *args):
     time.sleep(slow)
