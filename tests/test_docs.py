@@ -1,5 +1,6 @@
 """The worked examples of the documentation run as they stand, and do what the page says."""
 
+import os
 import re
 import subprocess
 import sys
@@ -59,6 +60,18 @@ assert outcome.to_json()["tables"]["losses"]["total"] == 1
 """
 
 
+COLLECTING = """
+import torch
+
+assert {*store.tasks} == {"math", "code", "math_flipped"}
+assert found[parameter].shape == (2, *model.get_parameter(parameter).shape)
+stores = {"run", "smoothed", "warmer", "labels", "chosen", "small", "checkpointed", "rounded"}
+assert {path.name for path in Path().iterdir()} == {f"{name}.fs" for name in stores}
+first, again = fs.open_store("run.fs"), fs.open_store("checkpointed.fs")
+torch.testing.assert_close(again.fisher("math", parameter), first.fisher("math", parameter))
+"""
+
+
 def example(page, title):
     """The python block under a heading of a page."""
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
@@ -81,4 +94,18 @@ def test_worked_examples(tmp_path):
     ]
     command = [sys.executable, "-W", "error", "-c", "\n".join(parts), str(tmp_path / "run.fs")]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_page_on_collecting(tmp_path):
+    """Its code runs from top to bottom on the demo model, and every store that it makes is there."""
+    text = (ROOT / "docs" / "collection.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) >= 8
+    code = "\n".join(["from pathlib import Path", *blocks, COLLECTING])
+    # the name that all supported releases of transformers have
+    ignored = ["-W", "ignore:`gradient_checkpointing_"]
+    command = [sys.executable, "-W", "error", *ignored, "-c", code]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment)
     assert run.returncode == 0, run.stderr
