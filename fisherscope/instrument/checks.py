@@ -33,6 +33,11 @@ def check_losses(losses: Tensor, model: nn.Module, objective: Objective, batch: 
             f"the objective must return one loss per sample, [{len(batch)}], and not {tuple(losses.shape)}: "
             "sum the token losses of each sample, do not average over the batch"
         )
+    if not losses.requires_grad:
+        raise FisherscopeError(
+            "the losses do not depend on the model through a graph: the objective must not detach what it "
+            "computes, nor run under torch.no_grad"
+        )
     bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
     if bad:
         where = _first_non_finite_module(model, objective, batch)

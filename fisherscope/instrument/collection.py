@@ -163,17 +163,17 @@ class Collection:
         start: int,
     ) -> None:
         """Run a batch, in smaller parts once memory has run out."""
-        done = self._attempt(plan, number, collectors, segment, start)
-        while not done:
-            self._halve(plan, number)
+        failed = None if self._attempt(plan, number, collectors, segment, start) else number
+        while failed is not None:
+            self._halve(plan, failed)
             # some parameters have had the samples of the batch that failed: begin at the last snapshot again
             collectors.clear()
             fresh, covered = self.collectors(plan)
             collectors.extend(fresh)
             redo = [b for b in self._applied if b not in covered]
-            done = all(self._attempt(plan, b, collectors, None, 0) for b in redo) and self._attempt(
-                plan, number, collectors, segment, start
-            )
+            failed = next((b for b in redo if not self._attempt(plan, b, collectors, None, 0)), None)
+            if failed is None and not self._attempt(plan, number, collectors, segment, start):
+                failed = number
         self._applied.append(number)
         self.progress.advance(plan.name, len(plan.batches[number]), self.writer.bytes_written)
 

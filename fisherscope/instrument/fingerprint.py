@@ -49,6 +49,10 @@ def tokenizer_digest(tokenizer: Any) -> str | None:
     """Hash of a tokenizer's vocabulary, special tokens and chat template; None for no tokenizer."""
     if tokenizer is None:
         return None
+    if not hasattr(tokenizer, "get_vocab"):
+        # an image processor has sizes and means in place of a vocabulary
+        values = tokenizer.to_dict() if hasattr(tokenizer, "to_dict") else {}
+        return digest([type(tokenizer).__name__, json.dumps(values, sort_keys=True, default=str)])
     vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True)
     special = json.dumps({k: str(v) for k, v in tokenizer.special_tokens_map.items()}, sort_keys=True)
     return digest([type(tokenizer).__name__, vocabulary, special, str(tokenizer.chat_template)])

@@ -74,6 +74,7 @@ def random_state(seed: int, *, deterministic: bool) -> Iterator[None]:
     """A seeded random state, and the one before restored."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
     before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     with torch.random.fork_rng(devices=list(devices)):
         torch.manual_seed(seed)
         if deterministic:
@@ -81,4 +82,4 @@ def random_state(seed: int, *, deterministic: bool) -> Iterator[None]:
         try:
             yield
         finally:
-            torch.use_deterministic_algorithms(mode=before)
+            torch.use_deterministic_algorithms(mode=before, warn_only=warn_only)

@@ -11,6 +11,7 @@ from torch import nn
 from fisherscope.instrument.extensions import Positions
 from fisherscope.instrument.fingerprint import config_digest, digest, tokenizer_digest, weights_digest
 from fisherscope.instrument.limits import BatchLimits
+from fisherscope.instrument.objectives import Objective
 from fisherscope.instrument.options import CollectOptions
 from fisherscope.layout import ModelLayout
 from fisherscope.store import StoreHeader
@@ -23,7 +24,7 @@ def make_header(
     parameters: tuple[str, ...],
     options: CollectOptions,
     *,
-    objective: str,
+    objective: Objective,
     pad_side: str,
     limits: BatchLimits,
     device: torch.device,
@@ -37,7 +38,7 @@ def make_header(
         layout: where heads live.
         parameters: the instrumented ones.
         options: of the collection.
-        objective: identity of the objective.
+        objective: the loss.
         pad_side: where batches are padded.
         limits: of batches.
         device, dtype: of the model's embeddings.
@@ -47,13 +48,13 @@ def make_header(
     """
     gradients, fisher = options.sample_gradients, options.fisher
     positions = options.one_of(Positions)
-    identity = options.identity()
+    identity = options.identity() | ({"seed": options.seed} if objective.is_drawn else {})
     fingerprint = {
         "weights": weights_digest(model),
         "config": config_digest(model.config),
         "attention": str(getattr(model.config, "_attn_implementation", None)),
         "tokenizer": tokenizer_digest(tokenizer),
-        "objective": objective,
+        "objective": objective.name,
         "parameters": digest(parameters),
         "device": device.type,
         "pad_side": pad_side,
@@ -72,7 +73,7 @@ def make_header(
         normalization="per_token" if fisher is None else fisher.normalization,
         fisher_shape="groups" if fisher is None else fisher.shape,
         position_parameters=positions.chosen(layout, parameters) if positions else (),
-        options=identity | {"objective": objective, "max_samples": options.max_samples},
+        options=identity | {"objective": objective.name, "max_samples": options.max_samples},
         provenance=_provenance(model, device, dtype),
     )
 

@@ -149,9 +149,10 @@ class GradientTap:
         replay = Replay(site.module, args, kwargs, samples, self._silenced)
         returned = floating(output)
         places = [k for k, tensor in enumerate(returned) if tensor.requires_grad]
+        size = len(returned)  # a hook that holds the tensors it hangs on would never be freed
 
         def finish(gradients: Sequence[Tensor | None]) -> None:
-            known: list[Tensor | None] = [None] * len(returned)
+            known: list[Tensor | None] = [None] * size
             for place, gradient in zip(places, gradients, strict=True):
                 known[place] = gradient
             self._hand_on(site, replay.gradients(known, frozenset(site.parameters)))

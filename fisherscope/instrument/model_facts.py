@@ -9,6 +9,7 @@ from torch import nn
 
 from fisherscope.adapters.injected import plain_layer
 from fisherscope.instrument.objectives import Objective
+from fisherscope.instrument.prepared import input_embeddings
 
 
 class ModelFacts:
@@ -26,7 +27,7 @@ class ModelFacts:
     @property
     def embeddings(self) -> nn.Module:
         """What the model's input goes through first."""
-        return plain_layer(self.model.get_input_embeddings())  # type: ignore[operator]
+        return plain_layer(input_embeddings(self.model))
 
     @property
     def device(self) -> torch.device:
@@ -48,18 +49,18 @@ class ModelFacts:
         """How long a row may be, where positions are learned; None where they are computed."""
         limit: int | None = getattr(self.model.config, "max_position_embeddings", None)
         for module in self.model.modules():
-            if (
-                isinstance(module, nn.Embedding)
-                and module is not self.embeddings
-                and module.num_embeddings == limit
-            ):
+            if not isinstance(module, nn.Embedding) or module is self.embeddings or limit is None:
+                continue
+            # OPT and BART keep rows before the first position
+            if module.num_embeddings == limit + int(getattr(module, "offset", 0)):
                 # RoBERTa counts positions from behind its padding index
                 return limit - (0 if module.padding_idx is None else module.padding_idx + 1)
         return None
 
     def pad_id(self) -> int:
         """Any id serves: pads are masked and bear no loss. A tokenizer without pad token is no problem."""
-        for source in (self.tokenizer, self.model.config):
+        # some heads look for the pad id of the config to tell text from padding
+        for source in (self.model.config, self.tokenizer):
             pad = getattr(source, "pad_token_id", None)
             if isinstance(pad, int) and pad >= 0:
                 return pad

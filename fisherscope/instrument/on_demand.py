@@ -44,6 +44,8 @@ def parse_ids(store: ContributionStore, ids: Iterable[str]) -> list[tuple[str, i
     Raises:
         KeyError: there is no such sample.
     """
+    if isinstance(ids, str):
+        ids = (ids,)
     found = []
     for name in ids:
         task, _, row = name.rpartition("_")
@@ -52,6 +54,8 @@ def parse_ids(store: ContributionStore, ids: Iterable[str]) -> list[tuple[str, i
                 f"{store.path} has no sample {name!r}: ids look like 'math_7', tasks are {store.tasks}"
             )
         found.append((task, int(row)))
+    if not found:
+        raise KeyError("no sample ids are given: they look like 'math_7'")
     return found
 
 
@@ -110,6 +114,8 @@ def chosen_parameters(instrumented: Sequence[str], patterns: Sequence[str] | Non
     Raises:
         CoverageError: none does.
     """
+    if isinstance(patterns, str):
+        patterns = (patterns,)
     names = tuple(n for n in instrumented if patterns is None or any(fnmatchcase(n, p) for p in patterns))
     if not names:
         raise CoverageError(f"parameters={patterns!r} matches none of the instrumented parameters")

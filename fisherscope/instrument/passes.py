@@ -88,6 +88,13 @@ class BatchPass:
         """
         self._batch = batch
         self._segment, self._start = segment, start
+        try:
+            return self._run(batch, collectors)
+        finally:
+            # what a failed pass was doing must not outlive it: accumulators are large
+            self._batch, self._collectors, self._segment = None, (), None
+
+    def _run(self, batch: Batch, collectors: Sequence[Collector]) -> Tensor:
         by_data = [collector for collector in collectors if collector.labels == "data"]
         others = [collector for collector in collectors if collector.labels != "data"]
         for collector in collectors:
@@ -100,7 +107,7 @@ class BatchPass:
             for collector in others:
                 self._further_passes(collector, found, batch)
         for collector in collectors:
-            collector.end(segment, start)
+            collector.end(self._segment, self._start)
         return losses.detach().double().cpu()
 
     def _further_passes(self, collector: Collector, found: Predictions | Tensor, batch: Batch) -> None:

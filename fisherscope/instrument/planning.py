@@ -135,20 +135,20 @@ class Planner:
         else:
             name, longest = max(
                 ((name, sample) for name, rows in samples.items() for sample in rows),
-                key=lambda s: s[1].length,
+                key=lambda s: s[1].cost,
             )
             one = make_batch(name, [0], [longest], pad_id=pad, side=side, device=context.device)
             budget = usable(context.device) if options.memory_budget is None else int(options.memory_budget)
-            footprint = self._footprint(batch_pass, one, estimate, options)
+            footprint = self._footprint(batch_pass, one, longest.cost, estimate, options)
             planned = None if path is None else limits_of_store(path)
-            limits = planned or footprint.limits(budget, one.positions, context.device)
+            limits = planned or footprint.limits(budget, longest.cost, context.device)
         plans = [
-            TaskPlan(name, rows, plan_batches([s.length for s in rows], limits))
+            TaskPlan(name, rows, plan_batches([s.cost for s in rows], limits))
             for name, rows in samples.items()
         ]
         if footprint is not None:
             estimate = estimate.with_memory(
-                max(footprint.of_batch(len(b), p.samples[b[0]].length) for p in plans for b in p.batches)
+                max(footprint.of_batch(len(b), p.samples[b[0]].cost) for p in plans for b in p.batches)
             )
         return RunPlan(options, objective, plans, limits, budget, estimate, context, batch_pass, pad, side)
 
@@ -160,7 +160,7 @@ class Planner:
             self._layout,
             self._targets.parameters,
             plan.options,
-            objective=plan.objective.name,
+            objective=plan.objective,
             pad_side=plan.pad_side,
             limits=plan.limits,
             device=self._facts.device,
@@ -168,7 +168,7 @@ class Planner:
         )
 
     def _footprint(
-        self, batch_pass: BatchPass, batch: Batch, estimate: Estimate, options: CollectOptions
+        self, batch_pass: BatchPass, batch: Batch, cost: int, estimate: Estimate, options: CollectOptions
     ) -> Footprint:
         saved = SavedBytes([*self._facts.model.parameters(), *self._facts.model.buffers()])
         seeded = random_state(options.seed, deterministic=options.deterministic)
@@ -177,7 +177,7 @@ class Planner:
         gradients = options.sample_gradients
         stored = gradients.chosen(self._layout, self._targets.parameters) if gradients else ()
         sizes = [self._facts.model.get_parameter(name).numel() for name in stored]
-        return Footprint.of(saved.total, batch.positions, max(sizes, default=0), estimate.accumulator_bytes)
+        return Footprint.of(saved.total, cost, max(sizes, default=0), estimate.accumulator_bytes)
 
     def _context(self, options: CollectOptions) -> Context:
         by_name = dict(self._facts.model.named_parameters())

@@ -8,10 +8,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fisherscope.adapters.injected import plain_layer
 from fisherscope.adapters.unwrap import uncompiled
+from fisherscope.errors import AdapterError
+from fisherscope.instrument.replay import floating, without_cache
 
 
 @contextmanager
@@ -24,9 +26,11 @@ def prepared(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
 
-    def start_graph(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and not output.requires_grad:
-            output.requires_grad_()
+    def start_graph(_module: nn.Module, _args: Any, output: Any) -> Any:
+        if torch.is_grad_enabled():
+            for tensor in floating(output):
+                if not tensor.requires_grad:
+                    tensor.requires_grad_()
         return output
 
     handles = [module.register_forward_hook(start_graph) for module in _token_embeddings(model)]
@@ -72,14 +76,34 @@ def _checkpointed_forward(layer: nn.Module) -> Callable[..., Any]:
     forward, checkpoint = layer.forward, layer._gradient_checkpointing_func
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(partial(forward, **kwargs), *args)  # type: ignore[operator]
+        # a cache would be appended to a second time when the layer is run again
+        named = {key: without_cache(value) for key, value in kwargs.items()}
+        if "use_cache" in named:
+            named["use_cache"] = False
+        return checkpoint(partial(forward, **named), *map(without_cache, args))  # type: ignore[operator]
 
     return run
 
 
+def input_embeddings(model: nn.Module) -> nn.Module:
+    """What a model's input goes through first.
+
+    Raises:
+        AdapterError: the model does not say.
+    """
+    try:
+        found: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    except NotImplementedError:
+        raise AdapterError(
+            f"{type(model).__name__} does not say where its input is embedded (get_input_embeddings), so "
+            "there is no place for a graph of gradients to begin: it cannot be collected from"
+        ) from None
+    return found
+
+
 def _token_embeddings(model: nn.Module) -> list[nn.Module]:
     """The embedding of the input, and others with its weight: T5's encoder and decoder have one each."""
-    embeddings: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    embeddings = input_embeddings(model)
     shared = getattr(plain_layer(embeddings), "weight", None)
     same = (m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is shared)
     return list(dict.fromkeys([embeddings, *same]))

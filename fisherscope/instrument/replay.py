@@ -84,8 +84,8 @@ class Replay:
         """
         self._module = module
         # a cache holds what the call itself has put there: without it a sample is run from its beginning
-        positional = tuple(_without_cache(value) for value in args)
-        plain = positional, {k: _without_cache(v) for k, v in kwargs.items()}
+        positional = tuple(without_cache(value) for value in args)
+        plain = positional, {k: without_cache(v) for k, v in kwargs.items()}
         self._given = pytree.tree_map_only(Tensor, torch.Tensor.detach, plain)
         self._samples = samples
         self._silence = silence
@@ -139,7 +139,8 @@ class Replay:
         }
 
 
-def _without_cache(value: Any) -> Any:
+def without_cache(value: Any) -> Any:
+    """None for a cache of keys and values, anything else as it came."""
     return None if is_a(value, "transformers", "Cache") else value
 
 

@@ -67,7 +67,8 @@ def wrap(
             one: a compiled model, ``DistributedDataParallel``, a PEFT model, a ``transformers`` pipeline.
         tokenizer: its tokenizer; needed for tasks of text only. A pipeline brings its own.
         parameters: "attention" (Q, K, V, O), "linear" (all linear maps of the layers, with biases),
-            "all", or a list of shell-style patterns of parameter names.
+            "all", or a list of shell-style patterns of parameter names. Of a PEFT model "attention" and
+            "linear" are what its adapters train there; "all" takes the model's own weights, too.
         adapter: where the heads are, in place of what is registered for the model type: a function as for
             :func:`fisherscope.register_adapter`, or the model type whose adapter to use.
         verify: check the layout of heads numerically on the "first" layer of each kind, on "all", or not at
@@ -306,7 +307,8 @@ class Scope:
         if tasks is None:
             samples = stored_samples(store, places, chosen.labelling)
         else:
-            as_collected = replace(options, max_length=store.header.options["max_length"])
+            stored = store.header.options
+            as_collected = replace(options, max_length=stored["max_length"], seed=stored["seed"] or 0)
             samples = given_samples(store, places, prepare_tasks(tasks, self._facts, as_collected, chosen))
         names = chosen_parameters(self.parameters, parameters)
         return recompute(self._planner, self._facts, samples, chosen, options, names)

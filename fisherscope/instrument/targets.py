@@ -88,7 +88,8 @@ def select_targets(model: nn.Module, layout: ModelLayout, choice: ParameterChoic
         for info in layout.parameters
         if _is_selected(info, choice, [use.module for use in uses[info.name]], tuned)
     }
-    trial = try_out(model, {name: [use.module for use in uses[name]] for name in chosen})
+    in_order = {u.module for i in layout.parameters if i.kind in EVERY_POSITION for u in uses[i.name]}
+    trial = try_out(model, {name: [use.module for use in uses[name]] for name in chosen}, in_order)
     found = {name: _watched(uses[name], trial, name) for name in chosen - tuned.idle.keys()}
     found |= _through_enclosing(model, [name for name, (_, reason) in found.items() if reason])
     rows, parameters = [], []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +33,11 @@ class Trial:
     replayable: frozenset[nn.Module]
 
 
-def try_out(model: nn.Module, modules: Mapping[str, Sequence[nn.Module]]) -> Trial:
+def try_out(
+    model: nn.Module,
+    modules: Mapping[str, Sequence[nn.Module]],
+    every_position: Collection[nn.Module] | None = None,
+) -> Trial:
     """Run a small input, and look at the calls of the modules that hold the parameters.
 
     Mamba multiplies with the weight of a projection that it never calls; T5's table of position biases is
@@ -42,11 +46,13 @@ def try_out(model: nn.Module, modules: Mapping[str, Sequence[nn.Module]]) -> Tri
     Args:
         model: a transformers model.
         modules: the modules of each parameter.
+        every_position: those that are given every position of every sample in order, so that samples and
+            positions may lie along one axis; None for all.
 
     Returns:
         What was found; nothing where the model does not run on a small input.
     """
-    watch = _Watch()
+    watch = _Watch(every_position)
     with ExitStack() as stack:
         for module in {m for owners in modules.values() for m in owners}:
             stack.callback(module.register_forward_hook(watch, with_kwargs=True).remove)
@@ -67,7 +73,8 @@ def try_out(model: nn.Module, modules: Mapping[str, Sequence[nn.Module]]) -> Tri
 class _Watch:
     """A forward hook that takes note of what it sees."""
 
-    def __init__(self) -> None:
+    def __init__(self, every_position: Collection[nn.Module] | None) -> None:
+        self._every_position = every_position
         self.called: set[nn.Module] = set()
         self.mixing: set[nn.Module] = set()
         self.replayable: set[nn.Module] = set()
@@ -87,7 +94,8 @@ class _Watch:
         given = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
         if given is None:
             return
-        flat = given.dim() == 2 and given.shape[0] == _ROWS * POSITIONS
+        may_be_flat = self._every_position is None or module in self._every_position
+        flat = may_be_flat and given.dim() == 2 and given.shape[0] == _ROWS * POSITIONS
         if not (has_samples(given, _ROWS) if rule.looks_up else given.shape[0] == _ROWS or flat):
             self.mixing.add(module)
 

@@ -127,7 +127,7 @@ class Rows(PerSampleGradient):
 
     @override
     def dots(self, theta: Tensor, partitions: Sequence[Partition | None]) -> list[Tensor]:
-        return self._sums(self.values * theta[self.row], partitions)
+        return self._sums(self.values * theta[self.row].to(self.values.dtype), partitions)
 
     def _sums(self, products: Tensor, partitions: Sequence[Partition | None]) -> list[Tensor]:
         """Sums of ``products [m, E]`` per sample over the pieces of partitions."""

@@ -132,7 +132,8 @@ def _kronecker_to_collect(store: ContributionStore, module: str) -> str:
 
 
 def _extension_for(labels: str) -> str:
-    wanted = "ExactPerToken()" if labels == "exact_per_token" else f"Fisher(labels=('data', {labels!r}))"
+    sources = "'data'" if labels == "data" else f"('data', {labels!r})"
+    wanted = "ExactPerToken()" if labels == "exact_per_token" else f"Fisher(labels={sources})"
     return f"of labels={labels!r}: collect again with extensions=({wanted}, ...)"
 
 

@@ -56,6 +56,11 @@ def labels_of(row: Any, reading: Reading, place: Place) -> list[int]:
         if dimensions(found) != 1:
             raise place.error("the model's classes are not exclusive: give one 0 or 1 per class")
         values = found.tolist() if hasattr(found, "tolist") else found
+        if len(values) != reading.config.num_labels:
+            raise place.error(
+                f"{len(values)} labels for {reading.config.num_labels} classes that are not exclusive: give "
+                "a 0 or 1 for each of them"
+            )
         if any(value not in (0, 1, IGNORED) for value in values):
             raise place.error("labels of classes that are not exclusive must be 0 or 1, or -100 for no loss")
         return [int(value) for value in values]

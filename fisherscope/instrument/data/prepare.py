@@ -103,16 +103,17 @@ def _sample(
     if text is None and ids and hasattr(reading.tokenizer, "decode"):
         text = str(reading.tokenizer.decode(ids))
     kept = len(ids) if limits.length is None else min(len(ids), limits.length)
-    if limits.positions is not None and kept > limits.positions:
+    target = len(labels[: limits.length]) if labelling == "decoder" else 0
+    if limits.positions is not None and max(kept, target) > limits.positions:
         raise place.error(
-            f"{kept} tokens, and the model takes {limits.positions}; "
+            f"{max(kept, target)} tokens, and the model takes {limits.positions}; "
             f"pass max_length={limits.positions} to cut longer samples, or shorten the row"
         )
     sample = Sample(
         tuple(ids[:kept]),
         tuple(labels if labelling == "whole" else labels[: limits.length]),
         text,
-        len(ids) - kept,
+        len(ids) - kept + (len(labels) - target if labelling == "decoder" else 0),
         labelling=labelling,
         token_types=None if encoded.token_types is None else tuple(encoded.token_types[:kept]),
         pixels=encoded.pixels,
@@ -161,7 +162,9 @@ def _check_range(what: str, values: list[int], size: int | None, kind: str, plac
     low, high = min(values), max(values)
     allowed = ", or -100 for no loss" if what == "labels" else ""
     if low < 0:
-        raise place.error(f"{what} hold {low}; token ids are 0 or more{allowed}")
+        raise place.error(
+            f"{what} hold {low}; {'token ids' if kind == 'vocabulary' else 'classes'} are 0 or more{allowed}"
+        )
     if size is not None and high >= size:
         raise place.error(
             f"{what} hold {high}, but the model's {kind} has {size} entries (0 to {size - 1}){allowed}; "
@@ -173,7 +176,9 @@ def _check_loss(name: str, walked: list[tuple[Place, Sample]]) -> None:
     silent = [place for place, sample in walked if not sample.tokens]
     if not silent:
         return
-    advice = "labels other than -100 are needed after position 0, which bears no loss"
+    advice = "labels other than -100 are needed"
+    if walked[0][1].labelling == "next":
+        advice += " after position 0, which bears no loss"
     if len(silent) == len(walked):
         raise DataError(
             f"task {name!r} has no loss-bearing token in any of its {len(walked)} samples; {advice}"

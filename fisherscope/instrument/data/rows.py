@@ -8,6 +8,7 @@ from typing import Any
 
 from fisherscope.errors import DataError
 from fisherscope.instrument.data.place import Place
+from fisherscope.instrument.data.unlabelled import SECOND_TEXTS, TEXTS
 from fisherscope.instrument.data.whole_numbers import dimensions
 
 ACCEPTED = (
@@ -15,9 +16,9 @@ ACCEPTED = (
     '{"input_ids", "labels", "attention_mask"} (the last two optional), a list or 1-D tensor of ids, '
     "and batches of those as a DataLoader yields them"
 )
-_PER_SAMPLE = ("labels", "label", "attention_mask", "position_ids", "token_type_ids")
-_TEXTS = ("text", "text_pair", "prompt", "completion", "source")
-_TARGETS = ("label", "labels", "target")
+_TARGETS = ("label", "labels", "target", "ner_tags", "tags", "summary")
+_PER_SAMPLE = (*_TARGETS, "attention_mask", "position_ids", "token_type_ids")
+_TEXTS = (*TEXTS, *SECOND_TEXTS, "completion")
 
 
 def walk(task: str, rows: Any) -> Iterator[tuple[Place, Any]]:

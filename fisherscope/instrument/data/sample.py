@@ -65,6 +65,11 @@ class Sample:
         """Attended positions."""
         return len(self.input_ids) or self.patches
 
+    @property
+    def cost(self) -> int:
+        """Positions that take memory in a pass: those of a decoder, too."""
+        return self.length + (len(self.labels) if self.labelling == "decoder" else 0)
+
     @cached_property
     def tokens(self) -> int:
         """T, the labels that bear loss: other than -100, where the causal shift drops position 0."""

@@ -30,6 +30,8 @@ def encode_token_labels(row: Any, reading: Reading, place: Place) -> Encoded:
     words = row.get("tokens", row.get("words"))
     if not isinstance(words, Sequence) or isinstance(words, str) or not words:
         raise place.error('neither "input_ids" nor "tokens" (a list of words) goes with the labels')
+    if not isinstance(row[key], Sequence) or isinstance(row[key], str):
+        raise place.error(f"{key!r} must be a list with one class per word, not a {type(row[key]).__name__}")
     if len(words) != len(row[key]):
         raise place.error(f"{len(row[key])} labels for {len(words)} words; give one per word")
     tokenizer = reading.needed_tokenizer(place)

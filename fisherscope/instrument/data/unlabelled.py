@@ -10,8 +10,8 @@ from fisherscope.instrument.data.place import Encoded, Place
 from fisherscope.instrument.data.reading import Reading
 from fisherscope.instrument.data.text import check_encodable, string
 
-TEXTS = ("text", "sentence", "source", "prompt")
-_SECOND = ("text_pair", "sentence2")
+TEXTS = ("text", "sentence", "sentence1", "source", "prompt")
+SECOND_TEXTS = ("text_pair", "sentence2")
 
 
 def encode_unlabelled(row: Mapping[str, Any], reading: Reading, place: Place) -> Encoded:
@@ -30,7 +30,7 @@ def encode_unlabelled(row: Mapping[str, Any], reading: Reading, place: Place) ->
     text = string(row, key, place)
     if not text:
         raise place.error("the text is empty; remove the row or give it text")
-    second = next((string(row, name, place) for name in _SECOND if name in row), None)
+    second = next((string(row, name, place) for name in SECOND_TEXTS if name in row), None)
     for part in (text, second or ""):
         check_encodable(part, place)
     encoding = tokenizer(text) if second is None else tokenizer(text, second)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fisherscope.errors import FisherscopeError
 from fisherscope.instrument.batch import Batch
 from fisherscope.instrument.data import Encoder, Labelling
 from fisherscope.instrument.data.next_token import encode_next_token
@@ -30,6 +31,17 @@ class Predictions:
     logits: Tensor
     targets: Tensor
     sample: Tensor
+
+    def __post_init__(self) -> None:
+        if not (self.logits.dim() == 2 and self.targets.shape == self.sample.shape == self.logits.shape[:1]):
+            raise FisherscopeError(
+                f"predictions need logits [m, classes], targets [m] and sample [m], not "
+                f"{tuple(self.logits.shape)}, {tuple(self.targets.shape)} and {tuple(self.sample.shape)}"
+            )
+        if bool((self.sample.diff() < 0).any()):
+            raise FisherscopeError("the labels of predictions must come in the order of their samples")
+        if self.logits.dtype.itemsize < 4:
+            raise FisherscopeError(f"the logits of predictions are {self.logits.dtype}: make them float32")
 
     def unit_losses(self, targets: Tensor | None = None) -> Tensor:
         """``-log p`` of each label, ``[m]``, in nats: the data's, or others in their place."""
@@ -62,6 +74,7 @@ class Objective:
         encode: how a row of a task is read.
         labelling: what the labels stand beside.
         label_range: whether labels are token ids or classes.
+        is_drawn: whether rows are changed at random, as by masking, so that samples depend on the seed.
     """
 
     name: str
@@ -69,6 +82,7 @@ class Objective:
     encode: Encoder = encode_next_token
     labelling: Labelling = "next"
     label_range: Literal["vocabulary", "classes"] = "vocabulary"
+    is_drawn: bool = False
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """Each sample's loss under the data's labels, ``[n]``, in nats."""
@@ -77,7 +91,16 @@ class Objective:
 
 
 def at_labels(logits: Tensor, labels: Tensor) -> Predictions:
-    """Predictions where there is a label: ``logits [n, L, classes]`` beside ``labels [n, L]``."""
+    """Predictions where there is a label: ``logits [n, L, classes]`` beside ``labels [n, L]``.
+
+    Raises:
+        FisherscopeError: the model predicts something else.
+    """
+    if logits.dim() != 3 or logits.shape[:2] != labels.shape:
+        raise FisherscopeError(
+            f"the model's predictions {tuple(logits.shape)} do not stand beside labels "
+            f"{tuple(labels.shape)}: its head is for another objective"
+        )
     targets = labels.to(logits.device)
     bears_loss = targets != -100
     chosen = logits[bears_loss]

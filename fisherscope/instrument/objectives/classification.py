@@ -40,9 +40,8 @@ def _of_classes(model: nn.Module, logits: Tensor, labels: Tensor) -> Predictions
     kind = getattr(model.config, "problem_type", None)
     if logits.shape[-1] == 1 or kind == "regression":
         raise FisherscopeError(
-            f"{type(model).__name__} has one output: a regression, whose loss has no one scale; give "
-            "your own objective, a function loss(model, batch) -> [n], such as squared errors over twice "
-            "their variance"
+            f"{type(model).__name__} has one output: a regression, whose targets are numbers, which rows "
+            "cannot carry; cut the target into classes"
         )
     if kind != "multi_label_classification":
         return at_labels(logits.unsqueeze(1), labels)

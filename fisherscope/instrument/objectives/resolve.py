@@ -24,7 +24,7 @@ _NAMED = {
     for objective in (
         CAUSAL_LM,
         Objective("seq2seq", seq2seq, encode_sequence_pair, "decoder"),
-        Objective("masked_lm", at_positions, encode_masked, "position"),
+        Objective("masked_lm", at_positions, encode_masked, "position", is_drawn=True),
         Objective("sequence_classification", sequence_classification, encode_class_label, "whole", "classes"),
         Objective("token_classification", at_positions, encode_token_labels, "position", "classes"),
         Objective("image_classification", image_classification, encode_image_label, "whole", "classes"),

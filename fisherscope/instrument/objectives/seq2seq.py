@@ -21,11 +21,15 @@ def seq2seq(model: nn.Module, batch: Batch) -> Predictions:
 
 def _shifted(model: nn.Module, labels: Tensor) -> Tensor:
     """The targets, one step later, behind the token that starts a decoder."""
+    config: Any = model.config
+    if not getattr(config, "is_encoder_decoder", False):
+        raise FisherscopeError(
+            f"{type(model).__name__} has no decoder of its own: objective='seq2seq' needs one"
+        )
     make = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if make is not None:
         made: Tensor = make(labels=labels)
         return made
-    config: Any = model.config
     start, pad = config.decoder_start_token_id, config.pad_token_id
     if start is None:
         raise FisherscopeError(

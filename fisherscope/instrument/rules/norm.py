@@ -12,7 +12,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from fisherscope.instrument.rules.registry import LayerCall, register_rule
 from fisherscope.linalg import Dense, PerSampleGradient
@@ -54,8 +53,13 @@ def _with_weight(module: Any, x: Tensor, value: float | Tensor) -> Tensor:
     parameters = {"weight": weight}
     if isinstance(getattr(module, "bias", None), Tensor):
         parameters["bias"] = torch.zeros_like(weight)
-    with torch.no_grad():
-        out: Tensor = functional_call(module, parameters, (x,))
+    own = {name: module._parameters[name] for name in parameters}
+    try:
+        module._parameters.update(parameters)
+        with torch.no_grad():
+            out: Tensor = module.forward(x)  # not the module itself: other people's hooks would see it
+    finally:
+        module._parameters.update(own)
     return out
 
 
