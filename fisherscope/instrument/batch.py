@@ -43,6 +43,11 @@ class Batch:
     token_types: Tensor | None = None
     pixels: Tensor | None = None
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Padded positions, and those of a decoder that has its own."""
+        return self.positions, self.labels.shape[1]
+
     def __len__(self) -> int:
         return len(self.rows)
 

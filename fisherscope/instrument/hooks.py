@@ -54,19 +54,18 @@ class GradientTap:
         self._watched: set[str] = set()
         self._open_uses: Counter[str] = Counter()
         self._pieces: dict[str, PerSampleGradient] = {}
-        self._n = 0
-        self._positions = 0
+        self._samples = Samples(0, ())
         self._is_silent = False
         self._is_backward = False
         self._keep_graph = False
 
     @contextmanager
-    def attached(self, n: int, positions: int) -> Iterator[None]:
-        """Hooks for one batch of ``n`` samples, padded to ``positions``.
+    def attached(self, n: int, *positions: int) -> Iterator[None]:
+        """Hooks for one batch of ``n`` samples, padded to ``positions``; a decoder's come second.
 
         Only hooks of our own are removed afterwards.
         """
-        self._n, self._positions = n, positions
+        self._samples = Samples(n, positions)
         self._uses.clear()
         self._watched.clear()
         with ExitStack() as stack:
@@ -108,7 +107,7 @@ class GradientTap:
             if site.rule is None:
                 return None if is_repeated else self._watch_call(site, args, kwargs, output)
             if site.rule.looks_up:
-                found = lookup_of(module, args, kwargs, output, self._n)
+                found = lookup_of(module, args, kwargs, output, self._samples.n)
                 return self._watch_lookup(site, found, output, is_repeated=is_repeated)
             return self._watch_layer(site, args, kwargs, output, is_repeated=is_repeated)
 
@@ -123,14 +122,14 @@ class GradientTap:
             output = output.detach().requires_grad_()
         given = args[0] if args else next(iter(kwargs.values()))
         # some models (OPT) flatten [n, positions, features] before a layer that sees every position
-        flat = given.dim() == 2 and given.shape[0] == self._n * self._positions and site.every_position
-        if not flat and (given.shape[0] != self._n or output.shape[0] != self._n):
+        flat = given.dim() == 2 and self._samples.divide(given.shape[0]) and site.every_position
+        if not flat and (given.shape[0] != self._samples.n or output.shape[0] != self._samples.n):
             raise FisherscopeError(
-                f"{site.path} sees {given.shape[0]} rows for a batch of {self._n} samples: it mixes "
+                f"{site.path} sees {given.shape[0]} rows for a batch of {self._samples.n} samples: it mixes "
                 "samples with positions, so their gradients cannot be told apart; leave it out with "
                 "parameters=[...]"
             )
-        use = Use(given, output, flattened=self._n if flat else None)
+        use = Use(given, output, flattened=self._samples.n if flat else None)
         if not is_repeated:
             if site.path in self._input_cut and args and given.requires_grad:
                 on_gradient(output, use.keep_output_gradient)
@@ -144,9 +143,8 @@ class GradientTap:
         """Keep a call of a module without a rule, until the gradients of all that it returned are known."""
         # copies: one output may depend on another within the module, and what counts comes from outside;
         # views would not do where the model goes on to change what it was given in place
-        samples = Samples(self._n, self._positions)
-        output = pytree.tree_map_only(Tensor, samples.own, output)
-        replay = Replay(site.module, args, kwargs, samples, self._silenced)
+        output = pytree.tree_map_only(Tensor, self._samples.own, output)
+        replay = Replay(site.module, args, kwargs, self._samples, self._silenced)
         returned = floating(output)
         places = [k for k, tensor in enumerate(returned) if tensor.requires_grad]
         size = len(returned)  # a hook that holds the tensors it hangs on would never be freed
@@ -172,7 +170,7 @@ class GradientTap:
         """Give every sample rows of its own where one lookup served all of them."""
         rows = output
         if found.is_shared or not output.requires_grad:
-            own = output.detach().reshape(-1, *output.shape[-2:]).expand(self._n, -1, -1)
+            own = output.detach().reshape(-1, *output.shape[-2:]).expand(self._samples.n, -1, -1)
             rows = own.clone().requires_grad_()
         use = Use(found.ids, output, scale=found.scale)
         if not is_repeated:

@@ -99,7 +99,7 @@ class BatchPass:
         others = [collector for collector in collectors if collector.labels != "data"]
         for collector in collectors:
             collector.begin(len(batch))
-        with self._tap.attached(len(batch), batch.positions):
+        with self._tap.attached(len(batch), *batch.widths):
             found = self._objective.predict(self.model, batch)
             losses = found.losses(len(batch)) if isinstance(found, Predictions) else found
             check_losses(losses, self.model, self._objective, batch)
@@ -144,7 +144,7 @@ class BatchPass:
 
     def forward(self, batch: Batch) -> Predictions | Tensor:
         """The forward pass alone, with all that it keeps for a backward pass."""
-        with self._tap.attached(len(batch), batch.positions):
+        with self._tap.attached(len(batch), *batch.widths):
             return self._objective.predict(self.model, batch)
 
     def by_autograd(self, batch: Batch) -> Tensor:

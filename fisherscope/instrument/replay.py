@@ -29,15 +29,19 @@ class Samples:
 
     Attributes:
         n: samples.
-        positions: positions of each, where both lie along one axis.
+        positions: of each, where both lie along one axis; a decoder has others than its encoder.
     """
 
     n: int
-    positions: int
+    positions: tuple[int, ...]
+
+    def divide(self, rows: int) -> bool:
+        """Whether so many rows are those of samples, or of samples and positions."""
+        return rows == self.n or any(rows == self.n * positions for positions in self.positions)
 
     def fits(self, tensor: Tensor) -> bool:
         """Whether the first axis is that of samples, or of samples and positions."""
-        return tensor.dim() > 0 and tensor.shape[0] in {self.n, self.n * self.positions}
+        return tensor.dim() > 0 and self.divide(tensor.shape[0])
 
     def are_served_at_once(self, tensor: Tensor) -> bool:
         """Whether all samples share what would broadcast over them, such as T5's position biases."""

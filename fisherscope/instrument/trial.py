@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -60,14 +61,24 @@ def try_out(
             first_output(model, probe_inputs(model, _ROWS, seed=0))
         except AdapterError:
             return Trial({}, frozenset())
+    mixing = {_numberless(name) for name, owners in modules.items() if not watch.mixing.isdisjoint(owners)}
+    # an expert that was given as many rows as there are samples, or none, is no other than its siblings
     unseen = {
         name: "its module mixes samples with positions"
-        for name, owners in modules.items()
-        if not watch.mixing.isdisjoint(owners)
+        for name in modules
+        if _numberless(name) in mixing and watch.looks_at_rows(modules[name])
     }
     uncalled = [name for name, owners in modules.items() if watch.called.isdisjoint(owners)]
     unseen |= dict.fromkeys(_with_gradient(model, uncalled), "used without a call of its module")
-    return Trial(unseen, frozenset(watch.replayable - watch.not_replayable))
+    paths = {module: _numberless(path) for path, module in model.named_modules()}
+    # an expert whose rows happen to be as many as those of samples is no other than its siblings, either
+    failed = {paths[module] for module in watch.not_replayable}
+    replayable = {module for module in watch.replayable if paths[module] not in failed}
+    return Trial(unseen, frozenset(replayable))
+
+
+def _numberless(name: str) -> str:
+    return re.sub(r"\d+", "#", name)
 
 
 class _Watch:
@@ -77,6 +88,7 @@ class _Watch:
         self._every_position = every_position
         self.called: set[nn.Module] = set()
         self.mixing: set[nn.Module] = set()
+        self.in_order: set[nn.Module] = set()
         self.replayable: set[nn.Module] = set()
         self.not_replayable: set[nn.Module] = set()
         self._is_silent = False
@@ -88,7 +100,7 @@ class _Watch:
         rule = find_rule(module)
         if rule is None:
             with self._silence():
-                good = is_replayable(module, args, kwargs, output, Samples(_ROWS, POSITIONS))
+                good = is_replayable(module, args, kwargs, output, Samples(_ROWS, (POSITIONS,)))
             (self.replayable if good else self.not_replayable).add(module)
             return
         given = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
@@ -98,6 +110,12 @@ class _Watch:
         flat = may_be_flat and given.dim() == 2 and given.shape[0] == _ROWS * POSITIONS
         if not (has_samples(given, _ROWS) if rule.looks_up else given.shape[0] == _ROWS or flat):
             self.mixing.add(module)
+        elif given.dim() > 2:
+            self.in_order.add(module)
+
+    def looks_at_rows(self, owners: Sequence[nn.Module]) -> bool:
+        """Whether a layer was given rows that may be any samples' positions, or was not called at all."""
+        return not self.mixing.isdisjoint(owners) or self.in_order.isdisjoint(owners)
 
     @contextmanager
     def _silence(self) -> Iterator[None]:
