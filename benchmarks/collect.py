@@ -1,187 +1,176 @@
-"""Collection against a plain forward+backward, the loop over samples, and the floor; ratios from one run.
+"""Collection against a plain forward+backward, the floor, and other libraries; ratios from one run.
 
-Each setting is a 4-layer Qwen2 model of random weights. All variants of a setting run interleaved, so that a
-busy machine slows them alike; printed are medians (and the interquartile range) as multiples of a plain
-batched forward and backward pass with weight gradients.
+Each setting is a 4-layer Qwen2 of random weights, and a GPT-2 with every parameter instrumented. All
+variants of a setting run interleaved, so that a busy machine slows them alike; printed are medians and
+quartiles of the ratios to a plain batched forward and backward pass with weight gradients in the same round.
 
     python benchmarks/collect.py [--repeats 7] [--setting 256,32,64] [--json results.json]
+        [--only fisher|collect|peers|gpt2] [--cpu-time]
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.nn import functional as F
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from harness import (
+    HeadNorms,
+    Instrumented,
+    Nothing,
+    Products,
+    Ratio,
+    Squares,
+    gpt2,
+    interleaved,
+    plain,
+    qwen2,
+    ratios,
+    show,
+    token_ids,
+    write,
+)
+from peers import peers
+from transformers import PreTrainedModel
+from transformers.utils import logging
 
 import fisherscope as fs
-from fisherscope.instrument.batch import Batch, make_batch
-from fisherscope.instrument.data import Sample
-from fisherscope.instrument.emission import Emission
-from fisherscope.instrument.extensions.base import Collector, Context
-from fisherscope.instrument.extensions.group_values import GroupValues
-from fisherscope.instrument.hooks import prepared
-from fisherscope.instrument.objectives import causal_lm
-from fisherscope.instrument.passes import BatchPass
-from fisherscope.layout import GroupTable
-from fisherscope.linalg import Factored
 
 SETTINGS = [(256, 32, 64), (256, 128, 32), (512, 32, 64)]
-VOCABULARY = 512
 BATCHES = 4
-COLLECT = f"collect() of {BATCHES} batches to disk, fisher full"
+PARTS = ("fisher", "collect", "peers", "gpt2")
+
+PLAIN = "plain"
+FLOOR = "floor: + per-sample products, no squaring"
+FISHER = "F full"
+GROUPS = "F full + mean h + group values (what collect() does)"
+COLLECT = f"collect() of {BATCHES} batches to disk, F full"
+
+Functions = dict[str, Callable[[], object]]
 
 
-def build(hidden: int) -> Qwen2ForCausalLM:
-    """A 4-layer Qwen2 of random weights with grouped-query attention."""
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        hidden_size=hidden,
-        num_hidden_layers=4,
-        num_attention_heads=hidden // 32,
-        num_key_value_heads=hidden // 64,
-        intermediate_size=hidden * 8 // 3 // 64 * 64,
-        vocab_size=VOCABULARY,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    return Qwen2ForCausalLM(config).eval()
+def passes(model: PreTrainedModel, ids: list[list[int]], parameters: str) -> Functions:
+    """Passes over one batch, by name: the floors, F, and what is collected beside it."""
+    batch = torch.tensor(ids)
+    one = Instrumented(model, ids, parameters=parameters)
+    square, mean = Squares(one.context), Squares(one.context, mean=True)
+    full, groups = one.collectors(full=True), one.collectors(full=False)
+    return {
+        PLAIN: lambda: plain(model, batch),
+        "forward + activation gradients": lambda: one.run(Nothing()),
+        FLOOR: lambda: one.run(Products()),
+        FISHER: lambda: one.run(square),
+        "F full + mean h": lambda: one.run(mean),
+        GROUPS: lambda: one.run(*full),
+        "group values alone": lambda: one.run(*groups),
+    }
 
 
-class Products(Collector):
-    """The floor of anything exact: per-sample products are formed, and nothing is done with them."""
-
-    def update(self, emission: Emission, segment: object, start: int) -> None:
-        """Form every tile and drop it."""
-        del segment, start
-        gradient = emission.gradient
-        if isinstance(gradient, Factored):
-            for _ in gradient.tiles():
-                pass
+def head_norms(model: PreTrainedModel, ids: list[list[int]]) -> Functions:
+    """Norms per head of Q, K, V and O, and nothing else."""
+    one = Instrumented(model, ids, parameters="attention")
+    return {"norms per head alone": lambda: one.run(HeadNorms())}
 
 
-class Nothing(Collector):
-    """Forward and activation gradients only."""
-
-    def update(self, emission: Emission, segment: object, start: int) -> None:
-        """Drop the factors."""
-        del emission, segment, start
-
-
-def plain(model: nn.Module, batch: Batch) -> None:
-    """What training does: one batched forward and backward with weight gradients."""
-    model.zero_grad(set_to_none=True)
-    causal_lm(model, batch).sum().backward()
-
-
-def loop(model: nn.Module, batch: Batch, names: list[str]) -> None:
-    """One sample at a time, squares added up."""
-    parameters = dict(model.named_parameters())
-    squares = {name: torch.zeros_like(parameters[name]) for name in names}
-    for i in range(len(batch)):
-        model.zero_grad(set_to_none=True)
-        logits = model(input_ids=batch.input_ids[i : i + 1], use_cache=False).logits[0, :-1]
-        F.cross_entropy(logits.float(), batch.labels[i, 1:], reduction="sum").backward()
-        for name in names:
-            gradient = parameters[name].grad
-            squares[name].addcmul_(gradient, gradient, value=1 / (logits.shape[0]))
-
-
-def variants(hidden: int, n: int, length: int, scratch: Path) -> dict[str, Callable[[], None]]:
-    """The timed functions of one setting, by name."""
-    model = build(hidden)
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, VOCABULARY, (n, length), generator=generator).tolist()
-    samples = [Sample(tuple(row), tuple(row), None) for row in ids]
+def whole(model: PreTrainedModel, n: int, length: int, scratch: Path) -> Functions:
+    """``collect()`` itself, with its checks and files."""
     scope = fs.wrap(model)
-    batch = make_batch("a", range(n), samples, pad_id=0, side="right", device=torch.device("cpu"))
-    context = Context(
-        layout=scope.layout,
-        parameters={k: v for k, v in model.named_parameters() if k in set(scope.parameters)},
-        groups=GroupTable.build(scope.layout, scope.parameters),
-        normalization="per_token",
-        device=torch.device("cpu"),
-    )
-    full = [fs.Fisher().collector(context), GroupValues(context)]
-    groups = [GroupValues(context)]
-    engine = BatchPass(model, scope._targets, causal_lm, context, torch.float32)
-    more = torch.randint(3, VOCABULARY, (BATCHES * n, length), generator=generator).tolist()
-    rows = [{"input_ids": row} for row in more]
+    rows = [{"input_ids": row} for row in token_ids(BATCHES * n, length, seed=2)]
     count = iter(range(10**6))
 
-    def instrumented(collectors: list[Collector]) -> None:
-        with prepared(model):
-            engine.run(batch, collectors)
-
-    def collect(extensions: tuple[str | fs.Fisher, ...]) -> None:
+    def collect(*extensions: str) -> None:
         out = scratch / f"{next(count)}.fs"
         scope.collect({"a": rows}, out, extensions=extensions, batch_size=n, durability="none", quiet=True)
 
     return {
-        "plain": lambda: plain(model, batch),
-        "loop": lambda: loop(model, batch, list(scope.parameters)),
-        "forward + activation gradients": lambda: instrumented([Nothing()]),
-        "floor: + per-sample products": lambda: instrumented([Products()]),
-        "fisher full + group values": lambda: instrumented(full),
-        "group values only": lambda: instrumented(groups),
-        COLLECT: lambda: collect(("fisher",)),
-        f"{COLLECT}, attention gradients": lambda: collect(("fisher", "sample_gradients")),
+        COLLECT: lambda: collect("fisher"),
+        f"{COLLECT}, attention gradients": lambda: collect("fisher", "sample_gradients"),
     }
 
 
-def measure(functions: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each function, interleaved; one warm-up round is dropped."""
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for repeat in range(repeats + 1):
-        for name, function in functions.items():
-            begun = time.perf_counter()
-            function()
-            if repeat:
-                seconds[name].append(time.perf_counter() - begun)
-    return seconds
+def compared(model: PreTrainedModel, ids: list[list[int]], weights: list[str]) -> Functions:
+    """The peers that agree with the loop over samples; what is left out is said."""
+    functions: Functions = {}
+    reference = None
+    for name, peer in peers(model, torch.tensor(ids), weights):
+        if isinstance(peer, str):
+            print(f"  {name}: skipped, {peer}")
+            continue
+        found = peer()
+        reference = reference or found
+        worst = max(float((found[k] - v).norm() / v.norm()) for k, v in reference.items())
+        if worst > 1e-4:
+            print(f"  {name}: skipped, differs from the loop by {worst:.1e}")
+            continue
+        functions[name] = peer
+    return functions
+
+
+def measure(
+    hidden: int, n: int, length: int, only: str | None, repeats: int, clock: Callable[[], float]
+) -> list[Ratio]:
+    """All that is asked for of one setting."""
+    ids = token_ids(n, length)
+    label = f"{n} samples of {length} tokens"
+    rows: list[Ratio] = []
+    if only != "gpt2":
+        model = qwen2(hidden)
+        functions = passes(model, ids, "linear")
+        if only in {None, "fisher"}:
+            functions |= head_norms(model, ids)
+        else:
+            functions = {name: functions[name] for name in (PLAIN, FLOOR, FISHER)}
+        with tempfile.TemporaryDirectory() as scratch:
+            if only in {None, "collect"}:
+                functions |= whole(model, n, length, Path(scratch))
+            if only in {None, "peers"}:
+                weights = [name for name in fs.wrap(model).parameters if name.endswith("weight")]
+                functions |= compared(model, ids, weights)
+            seconds = interleaved(functions, repeats, clock)
+        many = {name: BATCHES for name in functions if name.startswith("collect")}
+        rows += ratios(f"Qwen2, hidden {hidden}, {label}", seconds, PLAIN, many)
+        show(rows)
+    if only in {None, "gpt2"}:
+        functions = passes(gpt2(hidden), ids, "all")
+        found = ratios(
+            f"GPT-2, all parameters, hidden {hidden}, {label}", interleaved(functions, repeats, clock), PLAIN
+        )
+        show(found)
+        rows += found
+    return rows
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    logging.set_verbosity_error()
+    for kind in (UserWarning, FutureWarning):
+        warnings.simplefilter("ignore", kind)  # peers and torch say a lot about hooks and vmap
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--setting", action="append", help="hidden,N,T; may be given several times")
+    parser.add_argument("--only", choices=PARTS, help="one part of the table; all of it otherwise")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="one thread, and its processor time: a machine that others use does not lengthen it",
+    )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
+    if arguments.cpu_time:
+        torch.set_num_threads(1)
     settings = [tuple(map(int, s.split(","))) for s in arguments.setting or []] or SETTINGS
-    results = []
+    rows = []
     for hidden, n, length in settings:
-        with tempfile.TemporaryDirectory() as scratch:
-            seconds = measure(variants(hidden, n, length, Path(scratch)), arguments.repeats)
-        print(
-            f"\nhidden {hidden}, {n} samples of {length} tokens, {torch.get_num_threads()} threads; x plain"
-        )
-        for name, times in seconds.items():
-            batches = BATCHES if name.startswith("collect") else 1
-            ratios = [t / p / batches for t, p in zip(times, seconds["plain"], strict=True)]
-            low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-            print(f"  {name:<62} {middle:5.2f}  ({low:.2f}-{high:.2f})")
-            results.append(
-                {
-                    "hidden": hidden,
-                    "n": n,
-                    "T": length,
-                    "variant": name,
-                    "ratio": middle,
-                    "low": low,
-                    "high": high,
-                }
-            )
+        rows += measure(hidden, n, length, arguments.only, arguments.repeats, clock)
     if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1))
+        write(arguments.json, rows)
 
 
 if __name__ == "__main__":

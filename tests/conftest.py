@@ -1,4 +1,4 @@
-"""Settings that every test shares: no network, no progress bars, seeded randomness, two threads."""
+"""Settings that every test shares: no network, no progress bars, seeded randomness, one thread."""
 
 import os
 import random
@@ -23,8 +23,11 @@ settings.load_profile("fisherscope")
 
 
 def pytest_configure():
-    """Two threads, however many cores there are: rounding, and so the tests, do not depend on the machine."""
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    """One thread, however many cores there are: rounding, and so the tests, do not depend on the machine.
+
+    The models are tiny, so that a second thread costs more than it does.
+    """
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

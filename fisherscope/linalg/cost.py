@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from fisherscope.layout import Partition
-
 # Reading, squaring and reducing one entry of a materialised gradient costs about as much as this many
 # multiply-adds of a matrix product.
 _PASS_COST = 12.0
 
 
-def gram_is_cheaper(positions: int, shape: tuple[int, ...], partition: Partition | None) -> bool:
+def gram_is_cheaper(positions: int, shape: tuple[int, ...], axis: int) -> bool:
     """Whether norms come cheaper from a Gram matrix over positions than from the gradients themselves.
 
-    Per sample, with T positions and a parameter [R, C] cut along R, the Gram route forms the T x T Gram
-    of the other side (T^2 C) and multiplies it with the cut side (T^2 R); materialising costs T R C and a
+    Per sample, with T positions and a parameter [R, C] reduced to R values, the Gram route forms the T x T
+    Gram of the other side (T^2 C) and multiplies it with this one (T^2 R); materialising costs T R C and a
     few passes over R C entries.
     """
     rows, columns = shape
-    width = rows if partition is None or partition.axis == 0 else columns
-    gram = positions * positions * (rows + columns) + 2 * _PASS_COST * positions * width
+    gram = positions * positions * (rows + columns) + 2 * _PASS_COST * positions * shape[axis]
     return gram < positions * rows * columns + _PASS_COST * rows * columns
 
 

@@ -12,10 +12,7 @@ from typing_extensions import override
 from fisherscope.layout import ParameterSlice, Partition
 from fisherscope.linalg import cost
 from fisherscope.linalg.dense import Dense
-from fisherscope.linalg.gradient import PerSampleGradient, axes_of, tile_bytes
-
-# below this size the calls cost more than the work, and samples are multiplied several at a time
-_SMALL_MATRIX = 1 << 13
+from fisherscope.linalg.gradient import PerSampleGradient, axes_of, pieces, tile_bytes
 
 
 class Factored(PerSampleGradient):
@@ -111,76 +108,70 @@ class Factored(PerSampleGradient):
         budget = tile_bytes(self.device) // 4
         most = min(rows_all, max(1, budget // columns))
         rows = math.ceil(rows_all / math.ceil(rows_all / most))  # tiles of about one height
-        samples = 1
-        if self.device.type != "cpu" or rows * columns < _SMALL_MATRIX:
-            samples = max(1, min(self.n, budget // (rows * columns)))
-        buffer = torch.empty(samples, rows, columns, device=self.device)
+        samples = max(1, min(self.n, budget // (rows * columns)))
+        buffer = torch.empty(samples * rows * columns, device=self.device)
         for top in range(0, rows_all, rows):
             span = slice(top, min(top + rows, rows_all))
+            left = self.left[:, :, span].mT
             for start in range(0, self.n, samples):
                 chosen = slice(start, min(start + samples, self.n))
-                tile = buffer[: chosen.stop - chosen.start, : span.stop - span.start]
-                self._product(chosen, span, tile)
+                size = (chosen.stop - chosen.start, span.stop - span.start, columns)
+                tile = buffer[: math.prod(size)].view(size)
+                _multiply(left[chosen], self.right[chosen], tile)
                 yield chosen, span, tile
-
-    def _product(self, samples: slice, rows: slice, out: Tensor) -> None:
-        left, right = self.left[samples, :, rows], self.right[samples]
-        if left.dtype != out.dtype or not (out.shape[0] == 1 or out.is_contiguous()):
-            out.copy_(torch.bmm(left.mT, right))
-        elif out.shape[0] == 1:
-            torch.mm(left[0].T, right[0], out=out[0])  # no batch overhead: this is the inner loop on CPUs
-        else:
-            torch.bmm(left.mT, right, out=out)
 
     @override
     def norms(self, partitions: Sequence[Partition | None]) -> list[Tensor]:
-        results: list[Tensor | None] = [None] * len(partitions)
-        grams: dict[int, Tensor] = {}
-        rest = []
-        for k, partition in enumerate(partitions):
-            if cost.gram_is_cheaper(self.positions, self.shape, partition):
-                results[k] = self._gram_norms(partition, grams)
-            else:
-                rest.append(k)
-        if rest:
-            values = self.accumulate(partitions=[partitions[k] for k in rest])
-            for k, value in zip(rest, values, strict=True):
-                results[k] = value
-        return [r for r in results if r is not None]
+        along = axes_of(partitions)
+        if not all(cost.gram_is_cheaper(self.positions, self.shape, axis) for axis in set(along)):
+            return self.accumulate(partitions=partitions)
+        return pieces(partitions, along, {axis: self._marginal_squares(axis) for axis in set(along)})
 
-    def _gram_norms(self, partition: Partition | None, grams: dict[int, Tensor]) -> Tensor:
-        """``||g^h||^2 = sum_ts (l_t^h . l_s^h)(r_t . r_s)``: one Gram matrix shared by all pieces."""
-        axis = 0 if partition is None else partition.axis
-        left, right = _wide(self.left), _wide(self.right)
-        cut, kept = (left, right) if axis == 0 else (right, left)
-        if 1 - axis not in grams:
-            grams[1 - axis] = torch.bmm(kept, kept.mT)
-        shared = grams[1 - axis]
-        if partition is None:
-            return (shared * torch.bmm(cut, cut.mT)).sum((1, 2)).clamp_min_(0).unsqueeze(1).float()
-        # ||g^h||^2 = sum_tk l_tk (S l)_tk over the columns k of the piece: one product for all pieces
-        return partition.sums((cut * torch.bmm(shared, cut)).sum(1)).clamp_min_(0).float()
+    def _marginal_squares(self, axis: int) -> Tensor:
+        """``sum g ** 2`` per index of one axis, ``[n, shape[axis]]``, from a Gram matrix over positions.
+
+        With S the inner products of the other side's positions, ``sum_c g_kc ** 2 = sum_ts l_tk S_ts l_sk``.
+        The mean over positions m is taken apart, ``r_t = m + c_t``: activations have large common parts, which
+        cancel where the l_t of a sample add up to little, as those of keys do.
+        """
+        cut, kept = (self.left, self.right) if axis == 0 else (self.right, self.left)
+        out = torch.empty(self.n, self.shape[axis], device=self.device)
+        for samples in self._blocks(2 * self.shape[axis]):
+            mine, other = _wide(cut[samples]), _wide(kept[samples])
+            mean = other.mean(1, keepdim=True)
+            centred = other - mean
+            summed = mine.sum(1, keepdim=True)
+            # sum_ts l_t l_s (c_t . c_s + 2 c_t . m), and then (sum_t l_t)^2 |m|^2
+            across = torch.bmm(2 * torch.bmm(centred, mean.mT), summed)
+            image = torch.baddbmm(across, torch.bmm(centred, centred.mT), mine)
+            common = summed.squeeze(1).square_() * mean.square().sum(2)
+            out[samples] = image.mul_(mine).sum(1).add_(common)
+        return out.clamp_min_(0)
 
     @override
     def dots(self, theta: Tensor, partitions: Sequence[Partition | None]) -> list[Tensor]:
-        marginals: dict[int, Tensor] = {}
-        results = []
-        for partition, axis in zip(partitions, axes_of(partitions), strict=True):
-            if axis not in marginals:
-                marginals[axis] = self._marginal_dots(theta, axis)
-            values = marginals[axis]
-            results.append(values.sum(1, keepdim=True) if partition is None else partition.sums(values))
-        return results
+        along = axes_of(partitions)
+        return pieces(partitions, along, {axis: self._marginal_dots(theta, axis) for axis in set(along)})
 
     def _marginal_dots(self, theta: Tensor, axis: int) -> Tensor:
         """``<g, theta>`` per index of one axis, ``[n, shape[axis]]``."""
-        left, right = _wide(self.left), _wide(self.right)
-        theta = theta.to(left.dtype)
         if axis == 0:
-            image = right @ theta.T if self._right_image is None else _wide(self._right_image)
-            return _dot_over_positions(left, image)
-        image = left @ theta if self._left_image is None else _wide(self._left_image)
-        return _dot_over_positions(right, image)
+            mine, other, image, weight = self.left, self.right, self._right_image, theta.T
+        else:
+            mine, other, image, weight = self.right, self.left, self._left_image, theta
+        out = torch.empty(self.n, self.shape[axis], device=self.device)
+        for samples in self._blocks(self.shape[axis]):
+            first = _wide(mine[samples])
+            second = (
+                _wide(other[samples]) @ weight.to(first.dtype) if image is None else _wide(image[samples])
+            )
+            out[samples] = (first * second).sum(1)
+        return out
+
+    def _blocks(self, width: int) -> Iterator[slice]:
+        """Samples at a time, so that ``width`` values for each of their positions fit a tile."""
+        step = max(1, tile_bytes(self.device) // max(1, 4 * self.positions * width))
+        return (slice(start, start + step) for start in range(0, self.n, step))
 
     @override
     def gram(self, other: PerSampleGradient | None = None) -> Tensor:
@@ -194,9 +185,13 @@ class Factored(PerSampleGradient):
         return Dense(self.dense()).gram(None if other is None else theirs)
 
 
-def _dot_over_positions(first: Tensor, second: Tensor) -> Tensor:
-    dots: Tensor = torch.linalg.vecdot(first, second, dim=1)
-    return dots.float()
+def _multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
+    if left.dtype != out.dtype:
+        out.copy_(torch.bmm(left, right))
+    elif len(out) == 1:
+        torch.mm(left[0], right[0], out=out[0])  # no batch overhead
+    else:
+        torch.bmm(left, right, out=out)
 
 
 def _joined(first: Tensor | None, second: Tensor | None) -> Tensor | None:

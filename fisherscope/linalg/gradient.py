@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Self
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from fisherscope.layout import ParameterSlice, Partition
 
-_TILE_BYTES = {"cpu": 1 << 19}
+_TILE_BYTES = {"cpu": 2 << 20}
 _DEFAULT_TILE_BYTES = 256 << 20
+_MANY = 6  # from so many samples on one reduction is faster than adding them one by one
 
 
 def tile_bytes(device: torch.device) -> int:
@@ -108,35 +109,53 @@ class PerSampleGradient(ABC):
             For each partition ``[n, pieces]``.
         """
         along = axes_of(partitions)
-        sums = {
-            axis: torch.zeros(self.n, self.shape[axis], device=self.device) for axis in sorted(set(along))
-        }
+        sums = {axis: torch.zeros(self.n, self.shape[axis], device=self.device) for axis in set(along)}
         for samples, rows, tile in self.tiles():
             if total is not None:
                 _add_over_samples(total[rows], tile)
-            if square is None and not partitions:
+            if 0 in sums:
+                sums[0][samples, rows] = _square_norms(tile)
+            if sums.keys() <= {0}:
+                if square is not None:
+                    _add_squares(square[rows], tile)
                 continue
             tile.square_()
             if square is not None:
                 _add_over_samples(square[rows], tile)
-            for axis, out in sums.items():
-                _add_marginal(out, samples, rows, tile, axis)
-        return [
-            sums[axis].sum(1, keepdim=True) if p is None else p.sums(sums[axis])
-            for p, axis in zip(partitions, along, strict=True)
-        ]
+            for axis in sums.keys() - {0}:
+                others = [d for d in range(1, tile.dim()) if d != axis + 1]
+                sums[axis][samples] += tile.sum(others)
+        return pieces(partitions, along, sums)
+
+
+def pieces(
+    partitions: Sequence[Partition | None], along: Sequence[int], marginals: Mapping[int, Tensor]
+) -> list[Tensor]:
+    """Sums over the pieces of partitions, from the values per index of their axes, ``[n, shape[axis]]``."""
+    return [
+        marginals[axis].sum(1, keepdim=True) if partition is None else partition.sums(marginals[axis])
+        for partition, axis in zip(partitions, along, strict=True)
+    ]
 
 
 def _add_over_samples(out: Tensor, tile: Tensor) -> None:
-    out.add_(tile[0] if tile.shape[0] == 1 else tile.sum(0))
-
-
-def _add_marginal(out: Tensor, samples: slice, rows: slice, squares: Tensor, axis: int) -> None:
-    """Add the squares, summed over all axes but one, to ``out [n, shape[axis]]``."""
-    target = out[samples, rows] if axis == 0 else out[samples]
-    if squares.dim() == 3 and squares.shape[0] == 1:
-        matrix = squares[0] if axis == 0 else squares[0].T
-        target[0].add_(matrix @ matrix.new_ones(matrix.shape[1]))  # faster than a reduction on CPUs
+    if len(tile) >= _MANY or tile.device.type != "cpu":
+        out.add_(tile.sum(0))
     else:
-        others = [d for d in range(1, squares.dim()) if d != axis + 1]
-        target.add_(squares.sum(others) if others else squares)
+        for gradient in tile.unbind():
+            out.add_(gradient)
+
+
+def _add_squares(out: Tensor, tile: Tensor) -> None:
+    """Add ``sum_i g_i ** 2``, with one pass over the tile where it is in a cache."""
+    if tile.device.type != "cpu":
+        out.add_(tile.square_().sum(0))
+    else:
+        for gradient in tile.unbind():
+            out.addcmul_(gradient, gradient)
+
+
+def _square_norms(tile: Tensor) -> Tensor:
+    """Sum of squares of each row of each sample: the tile is read once and left as it is."""
+    norms: Tensor = torch.linalg.vector_norm(tile.reshape(*tile.shape[:2], -1), dim=2)
+    return norms.square_()

@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fisherscope.layout import Cut, ParameterSlice
+from fisherscope.layout import Cut, ParameterSlice, Partition
 from fisherscope.linalg import Dense, Factored, Total, cost, gradient
 from tests.linalg.linalg_cases import (
     any_case,
@@ -88,8 +88,8 @@ def test_both_routes_to_norms(monkeypatch, gram, case):
 
 def test_the_cost_model_chooses():
     """Few positions and a wide matrix take the Gram route, many positions and a narrow one do not."""
-    assert cost.gram_is_cheaper(16, (1536, 1536), None)
-    assert not cost.gram_is_cheaper(512, (64, 64), None)
+    assert cost.gram_is_cheaper(16, (1536, 1536), 0)
+    assert not cost.gram_is_cheaper(512, (64, 64), 0)
     assert cost.pair_gram_is_cheaper(4, 4, 2, 2, (1024, 1024))
     assert not cost.pair_gram_is_cheaper(64, 64, 64, 64, (32, 32))
 
@@ -183,6 +183,44 @@ def test_accumulate_does_three_things_in_one_pass(monkeypatch, budget, case):
         assert_close(actual, wanted, (case.reference**2).flatten(1).sum(1).max())
 
 
+@pytest.mark.parametrize("n", [2, 9], ids=["few", "many"])
+@pytest.mark.parametrize("axis", [None, 0, 1])
+@pytest.mark.parametrize("wanted", ["square", "total", "both", "neither"])
+def test_accumulate_of_what_is_asked(n, axis, wanted):
+    """Each choice of squares, sum and norms takes a way of its own through the tiles; all are exact."""
+    factored, reference = make_factored(n, 3, (6, 8), seed=n)
+    asked = ("square", "total") if wanted == "both" else (wanted,)
+    sinks = {name: torch.ones(6, 8) for name in ("square", "total") if name in asked}
+    partitions = [] if axis is None else [Partition("p", (6, 8), axis, (4, 0), 2), None]
+    norms = factored.accumulate(**sinks, partitions=partitions)
+    expected = {"square": (reference**2).sum(0) + 1, "total": reference.sum(0) + 1}
+    for name, sink in sinks.items():
+        assert_close(sink, expected[name], expected[name].abs().max() + n)
+    for actual, value in zip(norms, per_piece(reference**2, partitions), strict=True):
+        assert_close(actual, value, (reference**2).flatten(1).sum(1).max())
+
+
+@pytest.mark.parametrize("budget", [4, 100, 1 << 20])
+@pytest.mark.parametrize("images", [True, False], ids=["images", "products"])
+def test_few_samples_at_a_time(monkeypatch, budget, images):
+    """Norms by Gram matrices and inner products are the same in blocks of samples as all at once."""
+    monkeypatch.setitem(gradient._TILE_BYTES, "cpu", budget)
+    monkeypatch.setattr(cost, "gram_is_cheaper", lambda *_: True)
+    factored, reference = make_factored(5, 3, (6, 8))
+    theta = torch.randn(6, 8, generator=torch.Generator().manual_seed(1))
+    if images:
+        left, right = factored.left, factored.right
+        factored = Factored(left, right, left_image=left @ theta, right_image=right @ theta.T)
+    partitions = [Partition("p", (6, 8), 0, (3, 0), 3), Partition("p", (6, 8), 1, (0, 4), 4), None]
+    product = reference * theta.double()
+    for values, found, scale in (
+        (reference**2, factored.norms(partitions), (reference**2).flatten(1).sum(1).max()),
+        (product, factored.dots(theta, partitions), product.abs().flatten(1).sum(1).max() * 4),
+    ):
+        for actual, expected in zip(found, per_piece(values, partitions), strict=True):
+            assert_close(actual, expected, scale)
+
+
 @given(any_case())
 def test_square_sum_is_square_then_sum(case):
     """E[g^2] and not (E g)^2: every sample is squared before anything is added."""
@@ -242,7 +280,8 @@ def test_padding_adds_nothing():
         torch.cat([factored.right, torch.randn(3, 2, 6)], 1),
     )
     assert_close(padded.dense(), reference)
-    assert_close(padded._gram_norms(None, {}), (reference**2).sum((1, 2)).unsqueeze(1))
+    assert_close(padded._marginal_squares(0), (reference**2).sum(2))
+    assert_close(padded._marginal_squares(1), (reference**2).sum(1))
 
 
 @pytest.mark.parametrize(
