@@ -131,8 +131,8 @@ class Factored(PerSampleGradient):
         """``sum g ** 2`` per index of one axis, ``[n, shape[axis]]``, from a Gram matrix over positions.
 
         With S the inner products of the other side's positions, ``sum_c g_kc ** 2 = sum_ts l_tk S_ts l_sk``.
-        The mean over positions m is taken apart, ``r_t = m + c_t``: activations have large common parts, which
-        cancel where the l_t of a sample add up to little, as those of keys do.
+        The mean over positions m is taken apart, ``r_t = m + c_t``: activations have large common parts,
+        which cancel where the l_t of a sample add up to little, as those of keys do.
         """
         cut, kept = (self.left, self.right) if axis == 0 else (self.right, self.left)
         out = torch.empty(self.n, self.shape[axis], device=self.device)
