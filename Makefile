@@ -7,6 +7,8 @@ EXTRAS ?= dev,docs
 # The extra "backpack", installed without its dependencies: they would bring torchvision.
 WITHOUT_DEPENDENCIES := backpack-for-pytorch einops unfoldNd
 ARGS ?=
+# The models of the tests are tiny: two processes with a thread each, and the tests of a file together.
+PARALLEL ?= -n 2 --dist loadfile
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -48,13 +50,13 @@ demo: $(INSTALLED)  ## collect and analyse the embedded trained model; ends with
 	@$(BIN)/fisherscope demo --out demo-run $(ARGS)
 
 test: $(INSTALLED)  ## the default test suite
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-slow: $(INSTALLED)  ## the tests that take minutes
 	@$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-oldest: $(OLDEST_INSTALLED)  ## the default test suite with the oldest supported transformers
-	@$(OLDEST_VENV)/bin/python -m pytest $(ARGS)
+	@$(OLDEST_VENV)/bin/python -m pytest $(PARALLEL) $(ARGS)
 
 check: $(INSTALLED)  ## linters, types, documentation
 	$(BIN)/ruff check .
