@@ -284,7 +284,7 @@ def test_an_objective_of_ones_own_is_known_by_its_code(model: torch.nn.Module, t
 
 
 @pytest.mark.parametrize("compute", ["float32", "float64", "bfloat16"])
-@pytest.mark.parametrize("weights", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "float16", "float64"])
 def test_every_pair_of_dtypes(weights: str, compute: str, tmp_path: Path) -> None:
     """Gradients are those of the loop in float64, as far as the coarser of the two dtypes reaches."""
     model = models.build(SETTING).to(getattr(torch, weights))
@@ -297,7 +297,7 @@ def test_every_pair_of_dtypes(weights: str, compute: str, tmp_path: Path) -> Non
         quiet=True,
     )
     expected = models.loop(model.double(), data)
-    tolerance = 0.15 if "bfloat16" in {weights, compute} else 1e-5
+    tolerance = 0.15 if {"bfloat16", "float16"} & {weights, compute} else 1e-5
     for name in store.gradient_parameters:
         g = torch.stack([sample[name] for sample in expected])
         error = (store.gradients("a", name).double() - g).norm() / g.norm()
