@@ -64,9 +64,11 @@ class Collection:
         """
         for task in self.plan.tasks:
             self.writer.declare_task(task.name, [sample.key for sample in task.samples])
-        if new := [task for task in self.plan.tasks if not self.writer.committed_rows(task.name)]:
+        new = [task for task in self.plan.tasks if not self.writer.committed_rows(task.name)]
+        if new:
             check_gradients(self.plan, new, self.model_dtype)
-        self.writer.constants(self.constants | compute_error(self.plan))
+        if len(new) == len(self.plan.tasks):
+            self.writer.constants(self.constants | compute_error(self.plan))
         for task in self.plan.tasks:
             self._run_task(task)
         if self.stop.signal is not None:

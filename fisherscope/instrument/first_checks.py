@@ -7,14 +7,18 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from fisherscope.errors import CoupledSamplesError
 from fisherscope.instrument.capture import Capture
 from fisherscope.instrument.checks import check_against_autograd, check_independence
 from fisherscope.instrument.coupling import first_coupled_module
+from fisherscope.instrument.emission import Emission
+from fisherscope.instrument.extensions.base import Collector
 from fisherscope.instrument.extensions.group_values import GroupValues
 from fisherscope.instrument.memory import is_out_of_memory
 from fisherscope.instrument.planning import RunPlan, TaskPlan
+from fisherscope.store import SegmentWriter
 
 
 def check_gradients(run: RunPlan, tasks: Sequence[TaskPlan], model_dtype: torch.dtype) -> None:
@@ -65,24 +69,37 @@ def _padding(choice: tuple[TaskPlan, Sequence[int]]) -> tuple[bool, int]:
 
 
 def compute_error(run: RunPlan) -> dict[str, Tensor]:
-    """How far rounding in the rules takes gradients from those of float32, on the first sample of each task.
+    """How far rounding in the rules takes gradients from those of float32, on the run's first sample.
 
     Returns:
-        ``compute/error``, one value per instrumented parameter: ``|g' - g| / |g|`` over these samples;
-        nothing where the rules compute in float32 or wider.
+        ``compute/error``, one value per instrumented parameter: ``|g' - g| / |g|`` of that sample; nothing
+        where the rules compute in float32 or wider.
     """
     if torch.finfo(run.batch_pass.dtype).eps <= torch.finfo(torch.float32).eps:
         return {}
     names = list(run.context.parameters)
-    rough, exact = Capture(names), Capture(names)
-    wide = run.batch_pass.computing_in(torch.float32)
-    for task in run.tasks:
-        first = run.batch(task, [0])
-        run.batch_pass.run(first, [rough])
-        wide.run(first, [exact])
-    found, expected = rough.stacked(), exact.stacked()
-    errors = [
-        float((found[name] - expected[name]).norm() / expected[name].norm().clamp_min(1e-30))
-        for name in names
-    ]
-    return {"compute/error": torch.tensor(errors)}
+    rough = Capture(names)
+    first = run.batch(run.tasks[0], [0])
+    run.batch_pass.run(first, [rough])
+    errors = _Errors(rough.stacked())
+    run.batch_pass.computing_in(torch.float32).run(first, [errors])
+    return {"compute/error": torch.tensor([errors.found[name] for name in names])}
+
+
+class _Errors(Collector):
+    """Relative errors of gradients that were found before, one parameter at a time."""
+
+    def __init__(self, rough: dict[str, Tensor]) -> None:
+        self._rough = rough
+        self.found: dict[str, float] = {}
+
+    @override
+    def wants_dense(self, parameter: str) -> bool:
+        return True
+
+    @override
+    def update(self, emission: Emission, segment: SegmentWriter | None, start: int) -> None:
+        del segment, start
+        exact = emission.dense.detach().float().cpu()
+        difference = (self._rough.pop(emission.parameter) - exact).norm()
+        self.found[emission.parameter] = float(difference / exact.norm().clamp_min(1e-30))

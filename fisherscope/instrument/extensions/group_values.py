@@ -18,7 +18,7 @@ class GroupValues(Collector):
     """Reduces each parameter's gradients over its heads, channels and as a whole, after squaring.
 
     The rows carry bootstrap, Taylor and importance analyses without the model. Their moments are kept in
-    float64 as running aggregates, too, so that a reader need not touch every row.
+    float64 as running aggregates, too, which cover the same samples as the Fisher of a snapshot.
     """
 
     def __init__(self, context: Context) -> None:
