@@ -190,7 +190,8 @@ def test_classifiers_see_one_vector_per_sample(tmp_path: Path) -> None:
     found = store.kronecker("a", "classifier")
     assert found.positions == 3
     assert models.relative_error(found.A, a.T @ a / 3) <= TOLERANCE
-    assert store.kronecker("a", "vit.layers.0.attention.q_proj").positions == 3 * 5  # patches, class token
+    query = scope.layout.attention[0].block("Q").weight.parameter.removesuffix(".weight")
+    assert store.kronecker("a", query).positions == 3 * 5  # patches, class token
 
 
 def test_a_bias_that_is_not_instrumented_has_no_row(tmp_path: Path) -> None:

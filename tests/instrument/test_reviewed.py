@@ -198,7 +198,7 @@ def test_models_that_cannot_be_collected_from_say_so(tmp_path: Path) -> None:
         fs.wrap(one).collect({"a": [{"input_ids": [3, 4], "label": 0}] * 2}, tmp_path / "d.fs", quiet=True)
 
 
-@pytest.mark.filterwarnings("ignore:no adapter is registered")
+@pytest.mark.filterwarnings("ignore:no adapter is registered", "ignore:.*chosen parameters are not instr")
 def test_swin_and_routed_linears(tmp_path: Path) -> None:
     """An embedding that returns several tensors; experts that are given other rows than those of samples."""
     config = transformers.SwinConfig(

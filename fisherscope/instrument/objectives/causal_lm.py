@@ -15,7 +15,7 @@ def causal_lm(model: nn.Module, batch: Batch) -> Predictions:
     """What is predicted of each token that bears loss, from the position before it."""
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     if takes(model, "position_ids"):
-        inputs["position_ids"] = batch.position_ids
+        inputs["position_ids"] = batch.position_ids.clone()  # XGLM once added to them in place
     if batch.token_types is not None and takes(model, "token_type_ids"):
         inputs["token_type_ids"] = batch.token_types
     logits = model(**inputs, use_cache=False).logits
