@@ -177,7 +177,7 @@ def test_a_map_that_is_called_twice(tmp_path: Path) -> None:
 def test_classifiers_see_one_vector_per_sample(tmp_path: Path) -> None:
     """The classifier of images sees no positions: its A is the mean over samples."""
     model = models.build(models.named("vit"))
-    scope = fs.wrap(model, parameters=["classifier.*", "*q_proj*"])
+    scope = fs.wrap(model, parameters=["classifier.*", "*q_proj*", "*attention.query*"])
     generator = torch.Generator().manual_seed(0)
     data = [{"pixel_values": torch.randn(3, 16, 16, generator=generator), "label": i} for i in range(3)]
     store = scope.collect({"a": data}, tmp_path / "run.fs", extensions=("kronecker",), quiet=True)

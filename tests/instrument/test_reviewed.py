@@ -207,7 +207,7 @@ def test_swin_and_routed_linears(tmp_path: Path) -> None:
     model = transformers.SwinForImageClassification(config)
     rows = [{"pixel_values": torch.randn(3, 16, 16), "label": i} for i in range(3)]
     scope = fs.wrap(model)
-    assert scope.collect({"a": rows}, tmp_path / "a.fs", quiet=True).is_complete("a")
+    assert scope.collect({"a": rows}, tmp_path / "a.fs", extensions=("fisher",), quiet=True).is_complete("a")
     switch = transformers.SwitchTransformersConfig(
         d_model=16, d_kv=4, d_ff=24, num_layers=2, num_decoder_layers=2, num_heads=4, num_experts=3,
         num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, vocab_size=61, decoder_start_token_id=0,
