@@ -78,75 +78,75 @@ class Collection:
                 self.stop.signal,
             )
 
-    def _run_task(self, plan: TaskPlan) -> None:
-        committed = self.writer.committed_rows(plan.name)
-        collectors, covered = self.collectors(plan)
+    def _run_task(self, task: TaskPlan) -> None:
+        committed = self.writer.committed_rows(task.name)
+        collectors, covered = self.collectors(task)
         self._applied.clear()
-        pending = [b for b in range(len(plan.batches)) if b not in covered]
+        pending = [b for b in range(len(task.batches)) if b not in covered]
         done = len(covered)
-        self.progress.advance(plan.name, sum(len(plan.batches[b]) for b in covered), 0)
+        self.progress.advance(task.name, sum(len(task.batches[b]) for b in covered), 0)
         # rows that were committed after the last snapshot are done again for the aggregates alone
-        redo = [b for b in pending if committed.issuperset(plan.batches[b])]
+        redo = [b for b in pending if committed.issuperset(task.batches[b])]
         for b in redo:
-            self.run_batch(plan, b, collectors, None, 0)
+            self.run_batch(task, b, collectors, None, 0)
             done += 1
-            self._stop_if_asked(plan, collectors, done)
+            self._stop_if_asked(task, collectors, done)
         todo = [b for b in pending if b not in set(redo)]
-        for group in self.segments(plan, todo):
-            done += self.run_segment(plan, group, collectors)
-            if self._snapshot_is_due() and done < len(plan.batches):
-                self.snapshot(plan, collectors, done)
-            self._stop_if_asked(plan, collectors, done)
+        for group in self.segments(task, todo):
+            done += self.run_segment(task, group, collectors)
+            if self._snapshot_is_due() and done < len(task.batches):
+                self.snapshot(task, collectors, done)
+            self._stop_if_asked(task, collectors, done)
         if pending:
-            self.snapshot(plan, collectors, done)
-        if missing := set(range(len(plan.samples))) - self.writer.committed_rows(plan.name):
+            self.snapshot(task, collectors, done)
+        if missing := set(range(len(task.samples))) - self.writer.committed_rows(task.name):
             raise StoreError(
-                f"{len(missing)} samples of task {plan.name!r} are not in {self.writer.path} after the last "
-                f"batch ({plan.name}_{min(missing)} is the first): the store was begun with another plan of "
+                f"{len(missing)} samples of task {task.name!r} are not in {self.writer.path} after the last "
+                f"batch ({task.name}_{min(missing)} is the first): the store was begun with another plan of "
                 "batches; collect into a new directory"
             )
-        self.writer.complete(plan.name)
+        self.writer.complete(task.name)
 
-    def collectors(self, plan: TaskPlan) -> tuple[list[Collector], set[int]]:
+    def collectors(self, task: TaskPlan) -> tuple[list[Collector], set[int]]:
         """Collectors for a task, with the state of its last snapshot, and the batches which that covers."""
         # group values go last: extensions before them may fill their sinks in the shared pass
         collectors = self.plan.collectors()
         collectors.append(GroupValues(self.plan.context))
-        snapshot = self.writer.load_snapshot(plan.name)
+        snapshot = self.writer.load_snapshot(task.name)
         if snapshot is None:
             return collectors, set()
         for collector in collectors:
             collector.load_state(snapshot.arrays)
         return collectors, set(snapshot.batches)
 
-    def segments(self, plan: TaskPlan, batches: Sequence[int]) -> Iterator[list[int]]:
+    def segments(self, task: TaskPlan, batches: Sequence[int]) -> Iterator[list[int]]:
         """Consecutive batches that are sealed together: about 64 MiB, or 16 batches."""
         group: list[int] = []
         size = 0
         for b in batches:
             group.append(b)
-            size += self.plan.estimate.bytes_per_sample * len(plan.batches[b])
+            size += self.plan.estimate.bytes_per_sample * len(task.batches[b])
             if size >= SEGMENT_BYTES or len(group) >= SEGMENT_BATCHES:
                 yield group
                 group, size = [], 0
         if group:
             yield group
 
-    def run_segment(self, plan: TaskPlan, group: Sequence[int], collectors: list[Collector]) -> int:
+    def run_segment(self, task: TaskPlan, group: Sequence[int], collectors: list[Collector]) -> int:
         """Run and commit some batches; fewer than asked when a signal arrives.
 
         Returns:
             Batches done.
         """
-        rows = [row for b in group for row in plan.batches[b]]
+        rows = [row for b in group for row in task.batches[b]]
         segment = self.writer.segment(
-            plan.name, rows, ragged=ragged_lengths(plan, rows, store_text=self.plan.options.store_text)
+            task.name, rows, ragged=ragged_lengths(task, rows, store_text=self.plan.options.store_text)
         )
         start = done = 0
         try:
             for b in group:
-                self.run_batch(plan, b, collectors, segment, start)
-                start += len(plan.batches[b])
+                self.run_batch(task, b, collectors, segment, start)
+                start += len(task.batches[b])
                 done += 1
                 if self.stop.signal is not None:
                     break
@@ -158,41 +158,41 @@ class Collection:
 
     def run_batch(
         self,
-        plan: TaskPlan,
+        task: TaskPlan,
         number: int,
         collectors: list[Collector],
         segment: SegmentWriter | None,
         start: int,
     ) -> None:
         """Run a batch, in smaller parts once memory has run out."""
-        failed = None if self._attempt(plan, number, collectors, segment, start) else number
+        failed = None if self._attempt(task, number, collectors, segment, start) else number
         while failed is not None:
-            self._halve(plan, failed)
+            self._halve(task, failed)
             # some parameters have had the samples of the batch that failed: begin at the last snapshot again
             collectors.clear()
-            fresh, covered = self.collectors(plan)
+            fresh, covered = self.collectors(task)
             collectors.extend(fresh)
             redo = [b for b in self._applied if b not in covered]
-            failed = next((b for b in redo if not self._attempt(plan, b, collectors, None, 0)), None)
-            if failed is None and not self._attempt(plan, number, collectors, segment, start):
+            failed = next((b for b in redo if not self._attempt(task, b, collectors, None, 0)), None)
+            if failed is None and not self._attempt(task, number, collectors, segment, start):
                 failed = number
         self._applied.append(number)
-        self.progress.advance(plan.name, len(plan.batches[number]), self.writer.bytes_written)
+        self.progress.advance(task.name, len(task.batches[number]), self.writer.bytes_written)
 
     def _attempt(
         self,
-        plan: TaskPlan,
+        task: TaskPlan,
         number: int,
         collectors: Sequence[Collector],
         segment: SegmentWriter | None,
         start: int,
     ) -> bool:
         """Run a batch; False if memory does not suffice."""
-        rows = plan.batches[number]
+        rows = task.batches[number]
         size = -(-len(rows) // self._parts)
         try:
             for first in range(0, len(rows), size):
-                self._run_rows(plan, rows[first : first + size], collectors, segment, start + first)
+                self._run_rows(task, rows[first : first + size], collectors, segment, start + first)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -203,69 +203,69 @@ class Collection:
         release(self.plan.context.device)
         return False
 
-    def _halve(self, plan: TaskPlan, number: int) -> None:
+    def _halve(self, task: TaskPlan, number: int) -> None:
         """Run batches in twice as many parts from now on.
 
         Raises:
             FisherscopeError: a single sample is too large.
         """
-        rows = plan.batches[number]
+        rows = task.batches[number]
         size = -(-len(rows) // self._parts)
         if size == 1:
-            longest = max(plan.samples[row].length for row in rows)
+            longest = max(task.samples[row].length for row in rows)
             raise FisherscopeError(
-                f"memory does not suffice for one sample: {plan.name}_{rows[0]} has {longest} positions. Cut "
+                f"memory does not suffice for one sample: {task.name}_{rows[0]} has {longest} positions. Cut "
                 "samples with max_length, enable gradient checkpointing, instrument fewer parameters, or "
                 'use Fisher(shape="groups")'
             )
         self._parts *= 2
         smaller = -(-len(rows) // self._parts)
         warnings.warn(
-            f"memory ran out with {size} samples of task {plan.name!r} at once: going on with {smaller}. "
+            f"memory ran out with {size} samples of task {task.name!r} at once: going on with {smaller}. "
             "memory_budget or batch_size set smaller batches from the start",
             stacklevel=2,
         )
 
     def _run_rows(
         self,
-        plan: TaskPlan,
+        task: TaskPlan,
         rows: Sequence[int],
         collectors: Sequence[Collector],
         segment: SegmentWriter | None,
         start: int,
     ) -> None:
-        batch = self.plan.batch(plan, rows)
+        batch = self.plan.batch(task, rows)
         losses = self.plan.batch_pass.run(batch, collectors, segment, start)
         values = collectors[-1]
         if isinstance(values, GroupValues):
             groups = self.plan.context.groups.groups
             check_rows(values.square, lambda g: groups[g].parameter, batch)
         if segment is not None:
-            put_samples(segment, start, plan, rows, losses, store_text=self.plan.options.store_text)
+            put_samples(segment, start, task, rows, losses, store_text=self.plan.options.store_text)
 
     def _snapshot_is_due(self) -> bool:
         """Snapshots may take a tenth of the run's time."""
         return time.monotonic() - self._snapshot_at >= self._snapshot_seconds / SNAPSHOT_SHARE
 
-    def snapshot(self, plan: TaskPlan, collectors: Sequence[Collector], done: int) -> None:
+    def snapshot(self, task: TaskPlan, collectors: Sequence[Collector], done: int) -> None:
         """Commit the aggregates of the first ``done`` batches."""
         begun = time.monotonic()
         arrays = {}
         for collector in collectors:
             arrays.update(collector.state())
         batches = list(range(done))
-        count = sum(len(plan.batches[b]) for b in batches)
-        self.writer.snapshot(plan.name, batches, count, arrays)
+        count = sum(len(task.batches[b]) for b in batches)
+        self.writer.snapshot(task.name, batches, count, arrays)
         self._snapshot_at = time.monotonic()
         self._snapshot_seconds = self._snapshot_at - begun
 
-    def _stop_if_asked(self, plan: TaskPlan, collectors: Sequence[Collector], done: int) -> None:
-        if self.stop.signal is None or done == len(plan.batches):
+    def _stop_if_asked(self, task: TaskPlan, collectors: Sequence[Collector], done: int) -> None:
+        if self.stop.signal is None or done == len(task.batches):
             return
-        self.snapshot(plan, collectors, done)
+        self.snapshot(task, collectors, done)
         name = signal.Signals(self.stop.signal).name
         raise Interrupted(
-            f"stopped by {name}: {done} of {len(plan.batches)} batches of task {plan.name!r} are sealed in "
+            f"stopped by {name}: {done} of {len(task.batches)} batches of task {task.name!r} are sealed in "
             f"{self.writer.path}. The same command resumes: {resume_command()}",
             self.stop.signal,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from fisherscope.instrument.data import Sample
 from fisherscope.instrument.extensions import ExactPerToken, Fisher, Kronecker, Positions
@@ -37,10 +37,6 @@ class Estimate:
     accumulator_bytes: int
     memory_bytes: int = 0
     seconds: float | None = None
-
-    def with_memory(self, memory_bytes: int) -> Estimate:
-        """The same with what the largest batch takes."""
-        return replace(self, memory_bytes=memory_bytes)
 
     def rows(self) -> list[tuple[str, str]]:
         """What there is, in words: quantity and amount."""

@@ -122,7 +122,7 @@ class GradientTap:
             output = output.detach().requires_grad_()
         given = args[0] if args else next(iter(kwargs.values()))
         # some models (OPT) flatten [n, positions, features] before a layer that sees every position
-        flat = given.dim() == 2 and self._samples.divide(given.shape[0]) and site.every_position
+        flat = given.dim() == 2 and self._samples.account_for(given.shape[0]) and site.every_position
         if not flat and (given.shape[0] != self._samples.n or output.shape[0] != self._samples.n):
             raise FisherscopeError(
                 f"{site.path} sees {given.shape[0]} rows for a batch of {self._samples.n} samples: it mixes "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -147,9 +147,8 @@ class Planner:
             for name, rows in samples.items()
         ]
         if footprint is not None:
-            estimate = estimate.with_memory(
-                max(footprint.of_batch(len(b), p.samples[b[0]].cost) for p in plans for b in p.batches)
-            )
+            largest = max(footprint.of_batch(len(b), p.samples[b[0]].cost) for p in plans for b in p.batches)
+            estimate = replace(estimate, memory_bytes=largest)
         return RunPlan(options, objective, plans, limits, budget, estimate, context, batch_pass, pad, side)
 
     def header(self, plan: RunPlan) -> StoreHeader:

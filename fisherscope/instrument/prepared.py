@@ -52,24 +52,17 @@ def prepared(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _checkpointed(model: nn.Module) -> Iterator[None]:
     """Gradient checkpointing where the user has enabled it: transformers leaves it out in evaluation mode."""
-    layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
-    layers = [layer for layer in layers if hasattr(layer, "_gradient_checkpointing_func")]
-    changed: list[nn.Module] = []
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    changed = [layer for layer in layers if layer.gradient_checkpointing and "forward" not in vars(layer)]
     try:
-        for layer in layers:
-            if "forward" not in vars(layer) and _is_checkpointed_by_itself(layer):
-                layer.forward = _checkpointed_forward(layer)
-                changed.append(layer)
+        for layer in changed:
+            layer.forward = _checkpointed_forward(layer)
         yield
     finally:
         for layer in changed:
-            del layer.forward
-
-
-def _is_checkpointed_by_itself(layer: nn.Module) -> bool:
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    return isinstance(layer, GradientCheckpointingLayer)
+            vars(layer).pop("forward", None)
 
 
 def _checkpointed_forward(layer: nn.Module) -> Callable[..., Any]:

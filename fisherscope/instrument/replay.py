@@ -35,13 +35,13 @@ class Samples:
     n: int
     positions: tuple[int, ...]
 
-    def divide(self, rows: int) -> bool:
+    def account_for(self, rows: int) -> bool:
         """Whether so many rows are those of samples, or of samples and positions."""
         return rows == self.n or any(rows == self.n * positions for positions in self.positions)
 
     def fits(self, tensor: Tensor) -> bool:
         """Whether the first axis is that of samples, or of samples and positions."""
-        return tensor.dim() > 0 and self.divide(tensor.shape[0])
+        return tensor.dim() > 0 and self.account_for(tensor.shape[0])
 
     def are_served_at_once(self, tensor: Tensor) -> bool:
         """Whether all samples share what would broadcast over them, such as T5's position biases."""
