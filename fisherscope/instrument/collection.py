@@ -8,7 +8,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fisherscope.errors import FisherscopeError, Interrupted, StoreError
+from fisherscope.instrument.cadence import Cadence, Pace
 from fisherscope.instrument.checks import check_rows
 from fisherscope.instrument.extensions import Collector
 from fisherscope.instrument.extensions.group_values import GroupValues
@@ -28,8 +29,10 @@ from fisherscope.instrument.signals import StopRequest
 from fisherscope.store import SegmentWriter, StoreWriter
 
 SEGMENT_BYTES = 64 << 20
-SEGMENT_BATCHES = 16
-SNAPSHOT_SHARE = 0.1
+SEGMENT_SECONDS = 60.0
+SEALED_AHEAD = 2  # segments that may wait to be sealed while the next is computed
+SNAPSHOT_SHARE = 0.1  # of the run's time, and of the bytes that it writes
+SNAPSHOT_SECONDS = 900.0  # so much work is not risked, whatever a snapshot weighs
 
 
 @dataclass
@@ -51,10 +54,14 @@ class Collection:
     progress: Progress
     model_dtype: torch.dtype
     constants: dict[str, Tensor]
-    _snapshot_seconds: float = field(default=0.0, init=False)
-    _snapshot_at: float = field(default_factory=time.monotonic, init=False)
+    _pace: Pace = field(default_factory=Pace, init=False)
+    _cadence: Cadence = field(init=False)
+    _done: set[int] = field(default_factory=set, init=False)
     _parts: int = field(default=1, init=False)
     _applied: list[int] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        self._cadence = Cadence(SNAPSHOT_SHARE, SNAPSHOT_SECONDS, self.plan.estimate.accumulator_bytes)
 
     def run(self) -> None:
         """Collect every task that is not complete.
@@ -62,8 +69,6 @@ class Collection:
         Raises:
             Interrupted: a signal asked to stop; what was done is committed.
         """
-        for task in self.plan.tasks:
-            self.writer.declare_task(task.name, [sample.key for sample in task.samples])
         new = [task for task in self.plan.tasks if not self.writer.committed_rows(task.name)]
         if new:
             check_gradients(self.plan, new, self.model_dtype)
@@ -80,35 +85,35 @@ class Collection:
 
     def _run_task(self, task: TaskPlan) -> None:
         committed = self.writer.committed_rows(task.name)
-        collectors, covered = self.collectors(task)
+        covered = self.writer.aggregated_batches(task.name)
+        collectors, self._done = self.collectors(task)
         self._applied.clear()
-        pending = [b for b in range(len(task.batches)) if b not in covered]
-        done = len(covered)
-        self.progress.advance(task.name, sum(len(task.batches[b]) for b in covered), 0)
+        share = self.plan.share(task)
+        self.progress.advance(task.name, sum(len(task.batches[b]) for b in covered.intersection(share)), 0)
+        pending = [b for b in share if b not in covered]
         # rows that were committed after the last snapshot are done again for the aggregates alone
         redo = [b for b in pending if committed.issuperset(task.batches[b])]
         for b in redo:
             self.run_batch(task, b, collectors, None, 0)
-            done += 1
-            self._stop_if_asked(task, collectors, done)
-        todo = [b for b in pending if b not in set(redo)]
-        for group in self.segments(task, todo):
-            done += self.run_segment(task, group, collectors)
-            if self._snapshot_is_due() and done < len(task.batches):
-                self.snapshot(task, collectors, done)
-            self._stop_if_asked(task, collectors, done)
+            self._done.add(b)
+            self._stop_if_asked(task, collectors)
+        todo = [b for b in pending if b not in self._done]
+        while todo:
+            todo = todo[self.run_segment(task, self.next_segment(task, todo), collectors) :]
+            if todo and self._cadence.is_due(self.writer.bytes_written):
+                self.snapshot(task, collectors)
+            self._stop_if_asked(task, collectors)
         if pending:
-            self.snapshot(task, collectors, done)
-        if missing := set(range(len(task.samples))) - self.writer.committed_rows(task.name):
+            self.snapshot(task, collectors)
+        rows = {row for b in share for row in task.batches[b]}
+        if missing := rows - self.writer.committed_rows(task.name):
             raise StoreError(
                 f"{len(missing)} samples of task {task.name!r} are not in {self.writer.path} after the last "
-                f"batch ({task.name}_{min(missing)} is the first): the store was begun with another plan of "
-                "batches; collect into a new directory"
+                f"batch ({task.name}_{min(missing)} is the first): collect into a new directory"
             )
-        self.writer.complete(task.name)
 
     def collectors(self, task: TaskPlan) -> tuple[list[Collector], set[int]]:
-        """Collectors for a task, with the state of its last snapshot, and the batches which that covers."""
+        """Collectors for a task with the state of this rank's last snapshot, and the batches it covers."""
         # group values go last: extensions before them may fill their sinks in the shared pass
         collectors = self.plan.collectors()
         collectors.append(GroupValues(self.plan.context))
@@ -119,41 +124,50 @@ class Collection:
             collector.load_state(snapshot.arrays)
         return collectors, set(snapshot.batches)
 
-    def segments(self, task: TaskPlan, batches: Sequence[int]) -> Iterator[list[int]]:
-        """Consecutive batches that are sealed together: about 64 MiB, or 16 batches."""
+    def next_segment(self, task: TaskPlan, batches: Sequence[int]) -> list[int]:
+        """The first of these batches which are sealed together: about 64 MiB, or a minute."""
+        rows = 0
         group: list[int] = []
-        size = 0
         for b in batches:
+            if group and task.stores_gradients(b) != task.stores_gradients(group[0]):
+                break
             group.append(b)
-            size += self.plan.estimate.bytes_per_sample * len(task.batches[b])
-            if size >= SEGMENT_BYTES or len(group) >= SEGMENT_BATCHES:
-                yield group
-                group, size = [], 0
-        if group:
-            yield group
+            rows += len(task.batches[b])
+            size = rows * self.plan.bytes_per_sample(gradients=task.stores_gradients(b))
+            if size >= SEGMENT_BYTES or self._pace.seconds(rows) >= SEGMENT_SECONDS:
+                break
+        return group
 
     def run_segment(self, task: TaskPlan, group: Sequence[int], collectors: list[Collector]) -> int:
-        """Run and commit some batches; fewer than asked when a signal arrives.
+        """Run some batches and have them committed; fewer when a signal arrives or they take too long.
 
         Returns:
             Batches done.
         """
         rows = [row for b in group for row in task.batches[b]]
         segment = self.writer.segment(
-            task.name, rows, ragged=ragged_lengths(task, rows, store_text=self.plan.options.store_text)
+            task.name,
+            rows,
+            ragged=ragged_lengths(task, rows, store_text=self.plan.options.store_text),
+            gradients=task.stores_gradients(group[0]),
         )
         start = done = 0
+        begun = then = time.monotonic()
         try:
             for b in group:
                 self.run_batch(task, b, collectors, segment, start)
                 start += len(task.batches[b])
                 done += 1
-                if self.stop.signal is not None:
+                now = time.monotonic()
+                self._pace.add(len(task.batches[b]), now - then)
+                then = now
+                if self.stop.signal is not None or now - begun >= SEGMENT_SECONDS:
                     break
             segment.commit(start)
         except BaseException:
             segment.abort()
             raise
+        self._done.update(group[:done])
         return done
 
     def run_batch(
@@ -169,9 +183,7 @@ class Collection:
         while failed is not None:
             self._halve(task, failed)
             # some parameters have had the samples of the batch that failed: begin at the last snapshot again
-            collectors.clear()
-            fresh, covered = self.collectors(task)
-            collectors.extend(fresh)
+            collectors[:], covered = self.collectors(task)
             redo = [b for b in self._applied if b not in covered]
             failed = next((b for b in redo if not self._attempt(task, b, collectors, None, 0)), None)
             if failed is None and not self._attempt(task, number, collectors, segment, start):
@@ -189,7 +201,7 @@ class Collection:
     ) -> bool:
         """Run a batch; False if memory does not suffice."""
         rows = task.batches[number]
-        size = -(-len(rows) // self._parts)
+        size = self._at_once(task, number)
         try:
             for first in range(0, len(rows), size):
                 self._run_rows(task, rows[first : first + size], collectors, segment, start + first)
@@ -203,6 +215,15 @@ class Collection:
         release(self.plan.context.device)
         return False
 
+    def _at_once(self, task: TaskPlan, number: int) -> int:
+        """How many samples of a batch run at once: a store may have been begun where more of them fit."""
+        rows = task.batches[number]
+        size = -(-len(rows) // self._parts)
+        longest = task.samples[rows[0]].cost
+        while not self.plan.limits.allow(size, longest):
+            size -= 1
+        return size
+
     def _halve(self, task: TaskPlan, number: int) -> None:
         """Run batches in twice as many parts from now on.
 
@@ -210,7 +231,7 @@ class Collection:
             FisherscopeError: a single sample is too large.
         """
         rows = task.batches[number]
-        size = -(-len(rows) // self._parts)
+        size = self._at_once(task, number)
         if size == 1:
             longest = max(task.samples[row].length for row in rows)
             raise FisherscopeError(
@@ -218,8 +239,8 @@ class Collection:
                 "samples with max_length, enable gradient checkpointing, instrument fewer parameters, or "
                 'use Fisher(shape="groups")'
             )
-        self._parts *= 2
-        smaller = -(-len(rows) // self._parts)
+        while (smaller := self._at_once(task, number)) == size:
+            self._parts *= 2
         warnings.warn(
             f"memory ran out with {size} samples of task {task.name!r} at once: going on with {smaller}. "
             "memory_budget or batch_size set smaller batches from the start",
@@ -243,30 +264,26 @@ class Collection:
         if segment is not None:
             put_samples(segment, start, task, rows, losses, store_text=self.plan.options.store_text)
 
-    def _snapshot_is_due(self) -> bool:
-        """Snapshots may take a tenth of the run's time."""
-        return time.monotonic() - self._snapshot_at >= self._snapshot_seconds / SNAPSHOT_SHARE
-
-    def snapshot(self, task: TaskPlan, collectors: Sequence[Collector], done: int) -> None:
-        """Commit the aggregates of the first ``done`` batches."""
+    def snapshot(self, task: TaskPlan, collectors: Sequence[Collector]) -> None:
+        """Commit the aggregates of this rank's batches that are done."""
         begun = time.monotonic()
         arrays = {}
         for collector in collectors:
             arrays.update(collector.state())
-        batches = list(range(done))
-        count = sum(len(task.batches[b]) for b in batches)
-        self.writer.snapshot(task.name, batches, count, arrays)
-        self._snapshot_at = time.monotonic()
-        self._snapshot_seconds = self._snapshot_at - begun
+        count = sum(len(task.batches[b]) for b in self._done)
+        before = self.writer.bytes_written
+        self.writer.snapshot(task.name, self._done, count, arrays)
+        self._cadence.taken(time.monotonic() - begun, self.writer.bytes_written - before)
 
-    def _stop_if_asked(self, task: TaskPlan, collectors: Sequence[Collector], done: int) -> None:
-        if self.stop.signal is None or done == len(task.batches):
+    def _stop_if_asked(self, task: TaskPlan, collectors: Sequence[Collector]) -> None:
+        share = self.plan.share(task)
+        if self.stop.signal is None or self._done.issuperset(share):
             return
-        self.snapshot(task, collectors, done)
+        self.snapshot(task, collectors)
         name = signal.Signals(self.stop.signal).name
         raise Interrupted(
-            f"stopped by {name}: {done} of {len(task.batches)} batches of task {task.name!r} are sealed in "
-            f"{self.writer.path}. The same command resumes: {resume_command()}",
+            f"stopped by {name}: {len(self._done.intersection(share))} of {len(share)} batches of task "
+            f"{task.name!r} are sealed in {self.writer.path}. The same command resumes: {resume_command()}",
             self.stop.signal,
         )
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fisherscope.instrument.choosing_encodings import ChosenEncodings
 from fisherscope.instrument.extensions import Positions
 from fisherscope.instrument.fingerprint import config_digest, digest, tokenizer_digest, weights_digest
 from fisherscope.instrument.limits import BatchLimits
@@ -29,6 +30,7 @@ def make_header(
     limits: BatchLimits,
     device: torch.device,
     dtype: torch.dtype,
+    chosen: ChosenEncodings | None = None,
 ) -> StoreHeader:
     """Describe a run; a store is resumed only by a run with the same identity.
 
@@ -42,12 +44,13 @@ def make_header(
         pad_side: where batches are padded.
         limits: of batches.
         device, dtype: of the model's embeddings.
+        chosen: how gradients are kept; all dense by default.
 
     Raises:
         NonFiniteError: a weight is NaN or infinite.
     """
     gradients, fisher = options.sample_gradients, options.fisher
-    positions = options.one_of(Positions)
+    positions, chosen = options.one_of(Positions), chosen or ChosenEncodings()
     identity = options.identity() | ({"seed": options.seed} if objective.is_drawn else {})
     fingerprint = {
         "weights": weights_digest(model),
@@ -58,9 +61,6 @@ def make_header(
         "parameters": digest(parameters),
         "device": device.type,
         "pad_side": pad_side,
-        # the plan of batches follows from this, the batch size and the samples
-        "batch_positions": limits.positions,
-        "batch_rows": limits.rows,
         "autocast": autocast_dtype(device),
         **identity,
     }
@@ -70,10 +70,15 @@ def make_header(
         parameters=parameters,
         gradient_parameters=gradients.chosen(layout, parameters) if gradients else (),
         gradient_dtype=gradients.dtype if gradients else "bfloat16",
+        encodings=chosen.encodings,
         normalization="per_token" if fisher is None else fisher.normalization,
         fisher_shape="groups" if fisher is None else fisher.shape,
         position_parameters=positions.chosen(layout, parameters) if positions else (),
-        options=identity | {"objective": objective.name, "max_samples": options.max_samples},
+        options=identity
+        | {"gradient_encodings": chosen.reason}
+        | {"objective": objective.name, "max_samples": options.max_samples, "batch_size": options.batch_size}
+        # whoever resumes makes the same batches
+        | {"batch_positions": limits.positions, "batch_rows": limits.rows},
         provenance=_provenance(model, device, dtype),
     )
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from fisherscope.errors import FisherscopeError, StoreError
-from fisherscope.store.schema import read_header
+from fisherscope.errors import CorruptStoreError, FisherscopeError
+from fisherscope.store import StoreHeader
 
 _POSITIONS = {"cpu": 4096}
 _POSITIONS_ACCELERATOR = 16384
@@ -110,17 +109,21 @@ class Footprint:
         return BatchLimits(max(1, rows), max(length, positions))
 
 
-def limits_of_store(path: Path) -> BatchLimits | None:
-    """Those that a store was begun with, which a resumed run keeps; None where there is no store."""
-    try:
-        header, _ = read_header(path)
-    except (StoreError, OSError):
-        return None
-    rows, positions = (header.fingerprint.get(f"batch_{part}") for part in ("rows", "positions"))
-    return BatchLimits(rows, positions) if isinstance(rows, int) and isinstance(positions, int) else None
+def limits_of_store(header: StoreHeader) -> BatchLimits:
+    """Those that a store was begun with: a resumed run makes the same batches.
+
+    Raises:
+        CorruptStoreError: the header does not say.
+    """
+    rows, positions = (header.options.get(f"batch_{part}") for part in ("rows", "positions"))
+    if type(rows) is not int or not (positions is None or type(positions) is int):
+        raise CorruptStoreError("store.json does not say how large batches are: restore it from a copy")
+    return BatchLimits(rows, positions)
 
 
-def plan_batches(lengths: Sequence[int], limits: BatchLimits) -> list[tuple[int, ...]]:
+def plan_batches(
+    lengths: Sequence[int], limits: BatchLimits, rows: Iterable[int] | None = None
+) -> list[tuple[int, ...]]:
     """Cut the rows of a task into batches of similar length, the longest first.
 
     Memory that does not suffice is then found at once. The plan depends on the full list of lengths and the
@@ -129,11 +132,13 @@ def plan_batches(lengths: Sequence[int], limits: BatchLimits) -> list[tuple[int,
     Args:
         lengths: length of every sample, in row order.
         limits: of a batch.
+        rows: which rows; all by default.
 
     Returns:
         Row numbers of each batch.
     """
-    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    chosen = range(len(lengths)) if rows is None else rows
+    order = sorted(chosen, key=lambda row: (-lengths[row], row))
     batches: list[list[int]] = []
     for row in order:
         if batches and limits.allow(len(batches[-1]) + 1, lengths[batches[-1][0]]):

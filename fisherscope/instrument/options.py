@@ -39,6 +39,8 @@ class CollectOptions:
     durability: Durability = "power"
     deterministic: bool = False
     resume: bool = True
+    rank: int = 0
+    world_size: int = 1
     seed: int = 0
     force: bool = False
     quiet: bool = False
@@ -58,6 +60,10 @@ class CollectOptions:
             raise ValueError(
                 f"compute_dtype={self.compute_dtype!r}: use 'float32', 'float64' or 'bfloat16'; "
                 "float16 cannot hold squared gradients"
+            )
+        if not 0 <= self.rank < self.world_size <= 10_000:
+            raise ValueError(
+                f"rank={self.rank} of world_size={self.world_size}: ranks are 0 to world_size - 1"
             )
         if self.durability not in {"power", "process", "none"}:
             raise ValueError(f"durability={self.durability!r}: use 'power', 'process' or 'none'")
@@ -95,12 +101,16 @@ class CollectOptions:
         sampled = self.fisher is not None and "sampled" in self.fisher.labels
         return sampled or not isinstance(self.objective, str)
 
+    @property
+    def sets_batches(self) -> bool:
+        """Whether the user says how large batches may be, and not the memory that is free."""
+        return self.batch_size != "auto" or self.memory_budget is not None
+
     def identity(self) -> dict[str, Any]:
-        """What of the options identifies a run, as JSON data."""
+        """What of the options identifies a run, as JSON data: batches and ranks do not."""
         return {
             "extensions": {e.name: e.options() for e in self.resolved},
             "max_length": self.max_length,
-            "batch_size": self.batch_size,
             "compute_dtype": self.compute_dtype,
             "store_text": self.store_text,
             "deterministic": self.deterministic,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from fisherscope.instrument.batch import Batch, make_batch
+from fisherscope.instrument.choosing_encodings import ChosenEncodings, choose_encodings
 from fisherscope.instrument.data import Sample
-from fisherscope.instrument.estimate import Estimate, estimate_bytes
+from fisherscope.instrument.estimate import Estimate, estimate_bytes, mean_lengths
 from fisherscope.instrument.extensions.base import Collector, Context
 from fisherscope.instrument.guards import random_state
 from fisherscope.instrument.header import make_header
@@ -25,10 +25,11 @@ from fisherscope.instrument.objectives import Objective, resolve_objective
 from fisherscope.instrument.options import CollectOptions
 from fisherscope.instrument.passes import BatchPass
 from fisherscope.instrument.prepared import prepared
+from fisherscope.instrument.shared_inputs import Seen, look_at, two_short
 from fisherscope.instrument.targets import Targets
 from fisherscope.instrument.tasks import Tasks, prepare_tasks
 from fisherscope.layout import GroupTable, ModelLayout
-from fisherscope.store import StoreHeader
+from fisherscope.store import StoreHeader, StoreWriter
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,45 @@ class TaskPlan:
         name: of the task.
         samples: in row order.
         batches: row numbers of each batch.
+        gradient_rows: of so many rows, from the first, gradients are stored; no batch has both kinds.
     """
 
     name: str
     samples: Sequence[Sample]
     batches: Sequence[tuple[int, ...]]
+    gradient_rows: int
+
+    def stores_gradients(self, batch: int) -> bool:
+        """Whether gradients of the samples of a batch are stored."""
+        return self.batches[batch][0] < self.gradient_rows
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        samples: Sequence[Sample],
+        limits: BatchLimits,
+        gradient_rows: int | None,
+        extents: Sequence[range] | None = None,
+    ) -> TaskPlan:
+        """Plan the batches of a task.
+
+        Args:
+            name: of the task.
+            samples: in row order.
+            limits: of a batch.
+            gradient_rows: of so many rows gradients are stored; None for all.
+            extents: rows that the task began with, and those that were added each time: what was planned
+                before stays as it is.
+        """
+        costs, most = [s.cost for s in samples], len(samples) if gradient_rows is None else gradient_rows
+        batches = [
+            batch
+            for rows in extents or [range(len(samples))]
+            for part in (range(rows.start, min(rows.stop, most)), range(max(rows.start, most), rows.stop))
+            for batch in plan_batches(costs, limits, part)
+        ]
+        return cls(name, samples, batches, most)
 
 
 @dataclass(frozen=True)
@@ -54,12 +89,13 @@ class RunPlan:
         options: of the collection.
         objective: the loss.
         tasks: samples and batches of each task.
-        limits: of batches.
+        limits: of what runs at once.
         budget: bytes of memory that it may take; None where the user set the size of batches.
         estimate: sizes.
         context: what collectors may know.
         batch_pass: runs a batch.
         pad_id, pad_side: how batches are padded.
+        chosen: how gradients are kept.
     """
 
     options: CollectOptions
@@ -72,6 +108,7 @@ class RunPlan:
     batch_pass: BatchPass
     pad_id: int
     pad_side: Literal["left", "right"]
+    chosen: ChosenEncodings = field(default_factory=ChosenEncodings)
 
     def batch(self, task: TaskPlan, rows: Sequence[int]) -> Batch:
         """Some rows of a task, padded."""
@@ -84,9 +121,48 @@ class RunPlan:
             device=self.context.device,
         )
 
+    def settled(self, writer: StoreWriter) -> RunPlan:
+        """The plan for the store that is there: its tasks are declared, and its rows and batches are kept.
+
+        Raises:
+            FingerprintError: a task of the store has samples that the run does not.
+        """
+        limits = limits_of_store(writer.header)
+        tasks = []
+        for task in self.tasks:
+            declared = writer.declare_task(task.name, [sample.key for sample in task.samples])
+            samples = [task.samples[place] for place in declared.order]
+            tasks.append(TaskPlan.of(task.name, samples, limits, self._gradient_rows, declared.extents))
+        chosen = replace(self.chosen, encodings=writer.header.encodings)
+        limits = self.limits if self.options.sets_batches else limits
+        return replace(self, tasks=tasks, limits=limits, chosen=chosen)
+
+    def bytes_per_sample(self, *, gradients: bool) -> int:
+        """What a sample takes in a segment with gradients or without."""
+        mean = self.estimate.gradient_bytes_per_sample  # over all samples, also where few have gradients
+        kept = sum(min(task.gradient_rows, len(task.samples)) for task in self.tasks)
+        own = mean * sum(len(task.samples) for task in self.tasks) // max(kept, 1) if gradients else 0
+        return self.estimate.bytes_per_sample - mean + own
+
+    def share(self, task: TaskPlan) -> range:
+        """Numbers of the batches that are this rank's."""
+        return range(self.options.rank, len(task.batches), self.options.world_size)
+
+    def share_rows(self, task: TaskPlan) -> int:
+        """Number of samples in this rank's batches."""
+        return sum(len(task.batches[b]) for b in self.share(task))
+
+    @property
+    def _gradient_rows(self) -> int | None:
+        gradients = self.options.sample_gradients
+        return None if gradients is None else gradients.max_samples
+
     def collectors(self) -> list[Collector]:
         """Fresh collectors of all quantities for one task."""
-        return [c for extension in self.options.resolved for c in extension.collectors(self.context)]
+        found = [c for extension in self.options.resolved for c in extension.collectors(self.context)]
+        for collector in found:
+            collector.stored_as(self.chosen.encodings)
+        return found
 
 
 class Planner:
@@ -98,37 +174,41 @@ class Planner:
         self._layout = layout
         self._targets = targets
 
-    def plan(self, tasks: Tasks, options: CollectOptions, path: Path | None = None) -> RunPlan:
-        """Read the tasks and settle the batches.
+    def plan(self, tasks: Tasks, options: CollectOptions) -> RunPlan:
+        """Read the tasks and plan the batches.
 
         Args:
             tasks: name -> rows.
             options: of the collection.
-            path: of the store; one that is there already has its batches planned.
 
         Raises:
             DataError: a task or row cannot be used.
             ValueError: no such objective.
         """
         objective = resolve_objective(options.objective, self._facts.model)
-        return self.plan_samples(
-            prepare_tasks(tasks, self._facts, options, objective), options, objective, path
-        )
+        return self.plan_samples(prepare_tasks(tasks, self._facts, options, objective), options, objective)
 
     def plan_samples(
         self,
         samples: Mapping[str, Sequence[Sample]],
         options: CollectOptions,
         objective: Objective,
-        path: Path | None = None,
     ) -> RunPlan:
         """The same for samples that are read already."""
         context = self._context(options)
         batch_pass = BatchPass(
             self._facts.model, self._targets, objective, context, options.torch_dtype, seed=options.seed
         )
-        estimate = estimate_bytes(self._layout, self._targets.parameters, options, samples)
         side, pad = self._facts.pad_side(objective), self._facts.pad_id()
+        chosen = self._encodings(batch_pass, samples, options, pad, side)
+        estimate = estimate_bytes(
+            self._layout,
+            self._targets.parameters,
+            options,
+            samples,
+            chosen.encodings,
+            batch_pass.linear_maps.output_axes,
+        )
         limits, budget, footprint = BatchLimits(1), None, None
         if isinstance(options.batch_size, int):
             limits = BatchLimits(options.batch_size)
@@ -139,17 +219,17 @@ class Planner:
             )
             one = make_batch(name, [0], [longest], pad_id=pad, side=side, device=context.device)
             budget = usable(context.device) if options.memory_budget is None else int(options.memory_budget)
-            footprint = self._footprint(batch_pass, one, longest.cost, estimate, options)
-            planned = None if path is None else limits_of_store(path)
-            limits = planned or footprint.limits(budget, longest.cost, context.device)
-        plans = [
-            TaskPlan(name, rows, plan_batches([s.cost for s in rows], limits))
-            for name, rows in samples.items()
-        ]
+            footprint = self._footprint(batch_pass, one, longest.cost, estimate, options, chosen)
+            limits = footprint.limits(budget, longest.cost, context.device)
+        gradients = options.sample_gradients
+        most = None if gradients is None else gradients.max_samples
+        plans = [TaskPlan.of(name, rows, limits, most) for name, rows in samples.items()]
         if footprint is not None:
             largest = max(footprint.of_batch(len(b), p.samples[b[0]].cost) for p in plans for b in p.batches)
             estimate = replace(estimate, memory_bytes=largest)
-        return RunPlan(options, objective, plans, limits, budget, estimate, context, batch_pass, pad, side)
+        return RunPlan(
+            options, objective, plans, limits, budget, estimate, context, batch_pass, pad, side, chosen
+        )
 
     def header(self, plan: RunPlan) -> StoreHeader:
         """Of the run's store; hashes the weights."""
@@ -164,10 +244,44 @@ class Planner:
             limits=plan.limits,
             device=self._facts.device,
             dtype=self._facts.dtype,
+            chosen=plan.chosen,
+        )
+
+    def _encodings(
+        self,
+        batch_pass: BatchPass,
+        tasks: Mapping[str, Sequence[Sample]],
+        options: CollectOptions,
+        pad: int,
+        side: Literal["left", "right"],
+    ) -> ChosenEncodings:
+        def look(names: Sequence[str]) -> Seen | None:
+            task, rows = two_short(tasks)
+            batch = make_batch(task, rows, tasks[task], pad_id=pad, side=side, device=self._facts.device)
+            samples = [tasks[task][row] for row in rows]
+            with (
+                random_state(options.seed, deterministic=options.deterministic),
+                prepared(self._facts.model),
+            ):
+                return look_at(batch_pass, self._layout, batch, samples, names)
+
+        return choose_encodings(
+            options.sample_gradients,
+            self._layout,
+            self._targets.parameters,
+            batch_pass.linear_maps.output_axes,
+            mean_lengths(tasks),
+            look,
         )
 
     def _footprint(
-        self, batch_pass: BatchPass, batch: Batch, cost: int, estimate: Estimate, options: CollectOptions
+        self,
+        batch_pass: BatchPass,
+        batch: Batch,
+        cost: int,
+        estimate: Estimate,
+        options: CollectOptions,
+        chosen: ChosenEncodings,
     ) -> Footprint:
         saved = SavedBytes([*self._facts.model.parameters(), *self._facts.model.buffers()])
         seeded = random_state(options.seed, deterministic=options.deterministic)
@@ -175,7 +289,9 @@ class Planner:
             batch_pass.forward(batch)
         gradients = options.sample_gradients
         stored = gradients.chosen(self._layout, self._targets.parameters) if gradients else ()
-        sizes = [self._facts.model.get_parameter(name).numel() for name in stored]
+        # the factors of all others are there anyway
+        formed = [name for name in stored if chosen.encodings.encoding(name) == "dense"]
+        sizes = [self._facts.model.get_parameter(name).numel() for name in formed]
         return Footprint.of(saved.total, cost, max(sizes, default=0), estimate.accumulator_bytes)
 
     def _context(self, options: CollectOptions) -> Context:

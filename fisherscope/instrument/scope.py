@@ -16,7 +16,7 @@ from torch import nn
 
 from fisherscope.adapters import resolve
 from fisherscope.adapters.unwrap import unwrap, unwrap_pipeline
-from fisherscope.instrument.collection import Collection
+from fisherscope.instrument.collection import SEALED_AHEAD, Collection
 from fisherscope.instrument.estimate import Estimate
 from fisherscope.instrument.extensions import Extension
 from fisherscope.instrument.guards import (
@@ -180,6 +180,8 @@ class Scope:
         durability: Durability = "power",
         deterministic: bool = False,
         resume: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
         seed: int = 0,
         force: bool = False,
         quiet: bool = False,
@@ -187,7 +189,9 @@ class Scope:
         """Collect the tasks into a store, batch by batch, from one backward pass each.
 
         The model is left as it was: modes, ``requires_grad``, ``.grad``, hooks and random state. A run that
-        was stopped or killed goes on where it was when the same call is made again.
+        was stopped or killed goes on where it was when the same call is made again. A store that is there
+        takes further tasks, and tasks with more samples than before, in any order: samples are known by what
+        they are, and keep their rows.
 
         Args:
             tasks: name -> rows. A row is a string, a dict (``{"text"}``, ``{"prompt", "completion"}``,
@@ -213,6 +217,9 @@ class Scope:
             durability: "power" survives power loss, "process" survives kill -9, "none" promises nothing.
             deterministic: use deterministic algorithms only.
             resume: False refuses to continue an existing store.
+            rank: which of ``world_size`` processes this is; each makes the same call with its own rank, and
+                takes its share of the batches.
+            world_size: how many processes collect into this store at once.
             seed: of sampled labels, of masks, and of the random state that objectives see.
             force: go on, with a warning, where samples influence each other within a batch; what is stored is
                 then the gradient of something else than single samples.
@@ -241,25 +248,37 @@ class Scope:
             durability=durability,
             deterministic=deterministic,
             resume=resume,
+            rank=rank,
+            world_size=world_size,
             seed=seed,
             force=force,
             quiet=quiet,
         )
         refuse_changed_gradients(self.model)
         path = Path(out)
-        plan = self._planner.plan(tasks, options, path)
+        plan = self._planner.plan(tasks, options)
         header = self._planner.header(plan)
         refuse_if_disk_is_small(plan.estimate, path)
-        with nothing_half_written(path), ExitStack() as stack:
+        with ExitStack() as stack:
+            if world_size == 1:
+                stack.enter_context(nothing_half_written(path))
             writer = stack.enter_context(
-                StoreWriter.open(path, header, durability=options.durability, resume=options.resume)
+                StoreWriter.open(
+                    path,
+                    header,
+                    rank=rank,
+                    durability=options.durability,
+                    resume=options.resume,
+                    queue=SEALED_AHEAD,
+                )
             )
+            plan = plan.settled(writer)
             stop = stack.enter_context(stop_on_signals())
             stack.enter_context(random_state(options.seed, deterministic=options.deterministic))
             stack.enter_context(prepared(self.model))
             if not options.quiet:
                 sys.stderr.write(f"collect: {plan.estimate}; {plan.limits}\n")
-            count = sum(len(task.samples) for task in plan.tasks)
+            count = sum(plan.share_rows(task) for task in plan.tasks)
             bar = stack.enter_context(progress(count, quiet=options.quiet))
             Collection(plan, writer, stop, bar, self._forward_dtype(), self._constants(plan)).run()
         return open_store(path)

@@ -73,6 +73,7 @@ def try_run(
             prepared(plan.batch_pass.model),
             PeakMemory(plan.context.device) as memory,
         ):
+            plan = plan.settled(writer)
             collection = Collection(plan, writer, StopRequest(), clock, model_dtype, constants)
             seconds = _Stopwatch(plan, collection, clock).seconds()
     return Trial(seconds, memory.bytes)
@@ -87,8 +88,6 @@ class _Stopwatch:
     def seconds(self) -> float:
         """Of all batches, commits and snapshots, from those of a few."""
         tasks = self.plan.tasks
-        for task in tasks:
-            self.collection.writer.declare_task(task.name, [sample.key for sample in task.samples])
         begun = time.perf_counter()
         check_gradients(self.plan, tasks, self.collection.model_dtype)
         total = time.perf_counter() - begun
@@ -100,17 +99,25 @@ class _Stopwatch:
         begun = time.perf_counter()
         self.collection.run_segment(task, numbers, collectors)
         committed = time.perf_counter()
-        self.collection.snapshot(task, collectors, len(numbers))
+        self.collection.snapshot(task, collectors)
         snapshot = time.perf_counter() - committed
         sizes = [_positions(task, task.batches[number]) for number in numbers]
         durations = np.diff([begun, *self.clock.ends]).tolist()
         for each in tasks:
             batches = _interpolated(sizes, durations, [_positions(each, rows) for rows in each.batches])
-            commits = len(list(self.collection.segments(each, range(len(each.batches)))))
+            commits = self._commits(each)
             # between snapshots there is a multiple of the time that one takes
             snapshots = min(commits, 1 + sum(batches) * SNAPSHOT_SHARE / max(snapshot, 1e-9))
             total += sum(batches) + commits * (committed - self.clock.ends[-1]) + snapshots * snapshot
         return total
+
+    def _commits(self, task: TaskPlan) -> int:
+        """How many segments a task makes."""
+        left, commits = list(range(len(task.batches))), 0
+        while left:
+            left = left[len(self.collection.next_segment(task, left)) :]
+            commits += 1
+        return commits
 
 
 def _spread(batches: int) -> list[int]:

@@ -13,12 +13,14 @@ from torch import Tensor
 from fisherscope.errors import CorruptStoreError, NotStoredError, StoreError
 from fisherscope.layout import ParameterSlice
 from fisherscope.linalg import Moments
-from fisherscope.store import journal
 from fisherscope.store.dtypes import to_tensor
 from fisherscope.store.index import TaskIndex
+from fisherscope.store.ledger import read_ledgers
 from fisherscope.store.mapped import Checked, MappedShard
 from fisherscope.store.names import escape_path, unescape_path
-from fisherscope.store.records import ConstantsRecord, ShardRecord
+from fisherscope.store.records import ConstantsRecord
+from fisherscope.store.schema import read_header
+from fisherscope.store.shard_record import ShardRecord
 
 if TYPE_CHECKING:
     from fisherscope.store.reader import ContributionStore
@@ -28,19 +30,18 @@ def open_shard(store: ContributionStore, record: ShardRecord, checked: Checked) 
     """Map a shard.
 
     Raises:
-        StoreError: it was a snapshot, and a running collection has replaced it.
+        StoreError: another has replaced it since the store was opened.
         CorruptStoreError: it is missing or damaged.
     """
     try:
         return MappedShard(store.path, record, checked)
     except CorruptStoreError:
-        for ledger in store.ledgers:
-            live = {snapshot.shard.file for snapshot in ledger.snapshots.values()}
-            if record.file in live and len(journal.read(store.path, ledger.rank).records) > ledger.records:
-                raise StoreError(
-                    f"the store {store.path} is still being written and {record.file} was replaced: call "
-                    "store.refresh()"
-                ) from None
+        now = read_ledgers(store.path, read_header(store.path)[1])
+        if record.file not in {shard.file for ledger in now for shard in ledger.shards()}:
+            raise StoreError(
+                f"{record.file} of {store.path} has been replaced since the store was opened: call "
+                "store.refresh()"
+            ) from None
         raise
 
 

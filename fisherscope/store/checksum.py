@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from fisherscope.store import disk
 
@@ -63,36 +61,24 @@ def crc32_hex(data: bytes | memoryview) -> str:
     return f"{zlib.crc32(data):08x}"
 
 
-def digest_file(fd: int, size: int, grids: Sequence[tuple[int, BlockGrid]]) -> tuple[str, list[str]]:
-    """Read a file once and compute all its checksums.
-
-    Args:
-        fd: the file, open for reading.
-        size: its bytes.
-        grids: offset and grid of each dataset; datasets do not overlap.
-
-    Returns:
-        The sha256 of the file in hex, and per dataset the crc32 of its blocks, concatenated in hex.
-    """
+def file_sha256(fd: int, size: int) -> str:
+    """sha256 of a file's first ``size`` bytes, in hex."""
     whole = hashlib.sha256()
-    crcs: list[list[str]] = [[""] * len(grid) for _, grid in grids]
-    owner = {
-        offset + grid.bounds(block)[0]: (which, block, offset + grid.bounds(block)[1])
-        for which, (offset, grid) in enumerate(grids)
-        for block in range(len(grid))
-    }
     buffer = memoryview(bytearray(min(BLOCK_BYTES, max(size, 1))))
-    edges = sorted({0, size, *owner, *(stop for _, _, stop in owner.values())})
-    for start, stop in pairwise(edges):
-        if start in owner:
-            which, block, _ = owner[start]
-            chunk = buffer[: stop - start]
-            disk.read_at(fd, chunk, start)
-            whole.update(chunk)
-            crcs[which][block] = crc32_hex(chunk)
-            continue
-        for position in range(start, stop, BLOCK_BYTES):
-            chunk = buffer[: min(BLOCK_BYTES, stop - position)]
-            disk.read_at(fd, chunk, position)
-            whole.update(chunk)
-    return whole.hexdigest(), ["".join(blocks) for blocks in crcs]
+    for start in range(0, size, BLOCK_BYTES):
+        chunk = buffer[: min(BLOCK_BYTES, size - start)]
+        disk.read_at(fd, chunk, start)
+        whole.update(chunk)
+    return whole.hexdigest()
+
+
+def block_crcs(fd: int, offset: int, grid: BlockGrid) -> str:
+    """crc32 of each block of a dataset that begins at ``offset`` of a file, concatenated in hex."""
+    buffer = memoryview(bytearray(min(BLOCK_BYTES, max(grid.span_bytes, 1))))
+    found = []
+    for block in range(len(grid)):
+        start, stop = grid.bounds(block)
+        chunk = buffer[: stop - start]
+        disk.read_at(fd, chunk, offset + start)
+        found.append(crc32_hex(chunk))
+    return "".join(found)

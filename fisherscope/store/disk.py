@@ -186,7 +186,7 @@ def open_inside(root: Path, *parts: str) -> int:
         try:
             inner = os.open(part, flags, dir_fd=fd)
         except OSError as error:
-            if error.errno in {errno.ELOOP, errno.ENOTDIR, errno.EMLINK}:
+            if error.errno in {errno.ELOOP, errno.ENOTDIR, errno.EMLINK, errno.ENXIO}:
                 raise _not_regular(root, parts) from None
             raise
         finally:
@@ -219,4 +219,4 @@ def read_inside(root: Path, *parts: str, limit: int) -> bytes:
             raise CorruptStoreError(
                 f"{root.joinpath(*parts)} has {size} bytes, more than the {limit} allowed"
             )
-        return file.read(limit)
+        return file.read(size)  # not more: so many bytes are allocated

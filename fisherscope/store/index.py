@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fisherscope.errors import CorruptStoreError
-from fisherscope.store.ledger import Ledger
+from fisherscope.store.ledger import Ledger, latest
 from fisherscope.store.records import SegmentRecord, SnapshotRecord, TaskRecord
 
 
@@ -35,7 +36,7 @@ class TaskIndex:
 
     Attributes:
         task: as declared.
-        complete: whether all samples are committed and every rank that holds some said that it is done.
+        complete: whether all samples are committed and in the aggregates.
         segments: of all ranks.
         rows: row number of each committed sample, ascending ``[n]``.
         segment: its segment's number ``[n]``.
@@ -55,20 +56,20 @@ class TaskIndex:
     def build(cls, name: str, ledgers: Sequence[Ledger]) -> TaskIndex:
         """Gather what the journals hold about a task."""
         mine = [ledger for ledger in ledgers if name in ledger.tasks]
-        segments = tuple(segment for ledger in mine for segment in ledger.segments[name])
-        sizes = [len(s.rows) for s in segments]
-        rows = np.array([row for s in segments for row in s.rows], dtype=np.int64)
+        segments = tuple(segment for ledger in mine for segment in ledger.segments[name].values())
+        snapshots = tuple(ledger.snapshots[name] for ledger in mine if name in ledger.snapshots)
+        sizes = np.array([len(s.rows) for s in segments], dtype=np.int64)
+        rows = np.fromiter(chain.from_iterable(s.rows for s in segments), np.int64, int(sizes.sum()))
         order = np.argsort(rows, kind="stable")
-        task = mine[0].tasks[name]
-        shares_done = all(name in ledger.complete for ledger in mine if ledger.segments[name])
+        task = latest(name, mine)
         return cls(
             task=task,
-            complete=len(rows) == task.n and shares_done and any(name in ledger.complete for ledger in mine),
+            complete=len(rows) == task.n == sum(snapshot.count for snapshot in snapshots),
             segments=segments,
             rows=rows[order],
             segment=np.repeat(np.arange(len(segments)), sizes)[order],
-            position=np.concatenate([np.arange(k) for k in sizes] or [np.empty(0, np.int64)])[order],
-            snapshots=tuple(ledger.snapshots[name] for ledger in mine if name in ledger.snapshots),
+            position=(np.arange(len(rows)) - np.repeat(np.cumsum(sizes) - sizes, sizes))[order],
+            snapshots=snapshots,
         )
 
     def __len__(self) -> int:
@@ -96,9 +97,12 @@ class TaskIndex:
 
     def chunks(self, chosen: NDArray[np.int64]) -> Iterator[Chunk]:
         """The chosen samples by segment."""
+        if not len(chosen):
+            return
         owner = self.segment[chosen]
-        for number in np.unique(owner):
-            targets = np.flatnonzero(owner == number)
+        by_segment = np.argsort(owner, kind="stable")
+        numbers, starts = np.unique(owner[by_segment], return_index=True)
+        for number, targets in zip(numbers, np.split(by_segment, starts[1:]), strict=True):
             yield Chunk(self.segments[number], self.position[chosen[targets]], targets)
 
 
@@ -111,6 +115,6 @@ def build_index(root: Path, ledgers: Sequence[Ledger]) -> dict[str, TaskIndex]:
     names = list(dict.fromkeys(name for ledger in ledgers for name in ledger.tasks))
     index = {name: TaskIndex.build(name, ledgers) for name in names}
     for name, task in index.items():
-        if len(task.rows) and (task.rows[-1] >= task.task.n or len(np.unique(task.rows)) != len(task.rows)):
+        if len(task.rows) and (task.rows[-1] >= task.task.n or not np.diff(task.rows).all()):
             raise CorruptStoreError(f"{root}: the journals disagree about the rows of task {name!r}")
     return index

@@ -1,19 +1,23 @@
 """The append-only journal of one rank: a line in it is what commits a shard.
 
-A line is ``crc32 json`` and a newline: the CRC-32 of the JSON in 8 hex digits, a blank, the JSON in one
-canonical form. Line k holds ``"seq": k``.
+A line is ``crc32 json`` and a newline: the CRC-32 of what follows the blank in 8 hex digits, a blank, the
+JSON in one canonical form. Line k holds ``"seq": k``. Behind the JSON of a record with a shard stand a tab
+and a second JSON, the table of its datasets: whoever opens a store checks all bytes, but parses a table only
+when the shard is read.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from fisherscope.errors import CorruptStoreError, StoreError
 from fisherscope.store import disk
@@ -22,6 +26,7 @@ from fisherscope.store.disk import Durability
 from fisherscope.store.schema import JOURNAL_DIRECTORY
 
 MAX_JOURNAL_BYTES = 4 << 30
+MAX_LINE_BYTES = 32 << 20
 _FILE = re.compile(r"r([0-9]{4})\.journal")
 
 
@@ -39,21 +44,43 @@ def ranks(root: Path) -> list[int]:
     return [int(found[1]) for found in map(_FILE.fullmatch, names) if found]
 
 
-def encode_line(record: dict[str, Any]) -> bytes:
-    """One line; the same record gives the same bytes."""
-    body = json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
+@dataclass(frozen=True)
+class Line:
+    """One line of a journal.
+
+    Attributes:
+        record: what is committed.
+        table: the datasets of its shard, as JSON that was not parsed; empty where there is no shard.
+    """
+
+    record: dict[str, Any]
+    table: bytes = b""
+
+
+def canonical(data: Any) -> bytes:
+    """JSON in its one form: the same data give the same bytes."""
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+
+def encode_line(line: Line) -> bytes:
+    """The bytes of a line, its newline included."""
+    body = canonical(line.record) + (b"\t" + line.table if line.table else b"")
     return crc32_hex(body).encode() + b" " + body + b"\n"
 
 
-def decode_line(line: bytes) -> dict[str, Any] | None:
-    """The record of a line without its newline; None if the line is not intact."""
-    if len(line) < 10 or line[8:9] != b" " or line[:8] != crc32_hex(line[9:]).encode():
+def decode_line(content: bytes) -> Line | None:
+    """Read a line without its newline; None if it is not intact."""
+    if len(content) < 10 or content[8:9] != b" ":
         return None
+    body = content[9:]
+    if content[:8] != crc32_hex(body).encode():
+        return None
+    head, _, table = body.partition(b"\t")
     try:
-        record = json.loads(line[9:])
+        record = json.loads(head)
     except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) else None
+    return Line(record, table) if isinstance(record, dict) else None
 
 
 @dataclass(frozen=True)
@@ -61,11 +88,11 @@ class Scan:
     """What a journal holds.
 
     Attributes:
-        records: of the intact lines from the start.
+        lines: the intact ones from the start.
         good: bytes of these lines; what follows is the torn end of a commit that did not happen.
     """
 
-    records: list[dict[str, Any]]
+    lines: list[Line]
     good: int
 
 
@@ -78,26 +105,34 @@ def scan(content: bytes, path: Path) -> Scan:
     Raises:
         CorruptStoreError: a committed line is damaged, or lines are missing.
     """
-    records: list[dict[str, Any]] = []
-    good = 0
-    while (end := content.find(b"\n", good)) >= 0:
-        record = decode_line(content[good:end])
-        if record is None:
-            break
-        if record.get("seq") != len(records):
+    return _scan(io.BytesIO(content), path)
+
+
+def _scan(file: BinaryIO, path: Path) -> Scan:
+    lines: list[Line] = []
+    good = intact = 0
+    torn = False
+    # memory holds no more than a line: whatever is longer comes in pieces, none of which is intact
+    while piece := file.readline(MAX_LINE_BYTES):
+        line = decode_line(piece.removesuffix(b"\n"))
+        if torn:
+            intact += line is not None
+        elif line is None or not piece.endswith(b"\n"):
+            torn = True
+        elif line.record.get("seq") != len(lines):
             raise CorruptStoreError(
-                f"{path}: line {len(records) + 1} has sequence number {record.get('seq')!r}: lines are "
+                f"{path}: line {len(lines) + 1} has sequence number {line.record.get('seq')!r}: lines are "
                 "missing or repeated. Restore the journal from a copy"
             )
-        records.append(record)
-        good = end + 1
-    intact = sum(decode_line(line) is not None for line in content[good:].split(b"\n")[1:])
+        else:
+            lines.append(line)
+            good += len(piece)
     if intact:
         raise CorruptStoreError(
-            f"{path}: line {len(records) + 1} is damaged and {intact} intact lines follow it. Restore the "
+            f"{path}: line {len(lines) + 1} is damaged and {intact} intact lines follow it. Restore the "
             f"journal from a copy; cutting it to its first {good} bytes gives up what those lines committed"
         )
-    return Scan(records, good)
+    return Scan(lines, good)
 
 
 def read(root: Path, rank: int) -> Scan:
@@ -107,8 +142,12 @@ def read(root: Path, rank: int) -> Scan:
         FileNotFoundError: the rank has none.
         CorruptStoreError: a committed line is damaged, or the file is a link or too large.
     """
-    content = disk.read_inside(root, JOURNAL_DIRECTORY, journal_file(rank), limit=MAX_JOURNAL_BYTES)
-    return scan(content, root / JOURNAL_DIRECTORY / journal_file(rank))
+    path = root / JOURNAL_DIRECTORY / journal_file(rank)
+    with os.fdopen(disk.open_inside(root, JOURNAL_DIRECTORY, journal_file(rank)), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_JOURNAL_BYTES:
+            raise CorruptStoreError(f"{path} has {size} bytes, more than the {MAX_JOURNAL_BYTES} allowed")
+        return _scan(file, path)
 
 
 class Journal:
@@ -116,7 +155,7 @@ class Journal:
 
     Attributes:
         path: of the file.
-        found: the records that were there when it was opened.
+        found: the lines that were there when it was opened.
         length: number of intact lines, which is the sequence number of the next.
     """
 
@@ -131,6 +170,7 @@ class Journal:
         self.path = directory / journal_file(rank)
         self._durable = durability == "power"
         self._broken = False
+        self._appending: int | None = None  # the thread that adds a line just now
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         self._fd = os.open(self.path, flags, 0o644)
         try:
@@ -138,8 +178,8 @@ class Journal:
             if self._durable:
                 disk.sync_path(directory)
             found = read(root, rank)
-            self.found = found.records
-            self.length = len(found.records)
+            self.found = found.lines
+            self.length = len(found.lines)
             self._end = found.good
             if os.fstat(self._fd).st_size > self._end:
                 self._cut()
@@ -147,11 +187,11 @@ class Journal:
             os.close(self._fd)
             raise
 
-    def append(self, record: dict[str, Any], then: Callable[[], None]) -> None:
-        """Add one line: when this returns, the record is committed.
+    def append(self, line: Line, then: Callable[[], None]) -> None:
+        """Add one line: when this returns, its record is committed.
 
         Args:
-            record: to write.
+            line: to write, with the sequence number :attr:`length`.
             then: brings what the caller knows up to date; an interrupt before it ends leaves the journal
                 unusable rather than the caller wrong about what is committed.
 
@@ -163,11 +203,24 @@ class Journal:
             StoreError: an earlier commit failed half-way.
         """
         self.check_usable()
-        line = encode_line({"seq": self.length, **record})
+        content = encode_line(line)
+        if len(content) > MAX_LINE_BYTES:
+            raise StoreError(f"a line of {len(content)} bytes in {self.path}: commit fewer samples at a time")
+        self._appending = threading.get_ident()
         self._broken = True  # until the outcome is known
         try:
-            with disk.full_disk_named(self.path, len(line)):
-                disk.write_at(self._fd, line, self._end)
+            self._write(content)
+            self._end += len(content)
+            self.length += 1
+            then()
+            self._broken = False
+        finally:
+            self._appending = None
+
+    def _write(self, content: bytes) -> None:
+        try:
+            with disk.full_disk_named(self.path, len(content)):
+                disk.write_at(self._fd, content, self._end)
         except BaseException:
             # nothing was synced, so taking the part of the line back is certain if it succeeds
             with contextlib.suppress(OSError):
@@ -182,10 +235,6 @@ class Journal:
             with contextlib.suppress(OSError):
                 self._cut()
             raise
-        self._end += len(line)
-        self.length += 1
-        then()
-        self._broken = False
 
     @property
     def uncertain(self) -> bool:
@@ -195,10 +244,12 @@ class Journal:
     def check_usable(self) -> None:
         """Refuse to go on after a commit whose outcome is unknown.
 
+        One that another thread is making just now is none of these before it has failed.
+
         Raises:
             StoreError: it is unknown.
         """
-        if self._broken:
+        if self._broken and self._appending in {None, threading.get_ident()}:
             raise StoreError(
                 f"an earlier commit to {self.path} failed half-way: close the store and open it again"
             )

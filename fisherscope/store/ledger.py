@@ -1,40 +1,26 @@
-"""What the journals of a store add up to: tasks, committed rows, the live snapshots and constants."""
+"""What the journals of a store add up to: tasks, committed rows, what is live of segments and snapshots."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from fisherscope.errors import CorruptStoreError
-from fisherscope.store import journal
+from fisherscope.store import journal, progressions
+from fisherscope.store.journal import Line
+from fisherscope.store.keys import check_keys_file
 from fisherscope.store.records import (
-    CompleteRecord,
     ConstantsRecord,
     JournalStart,
     Record,
     SegmentRecord,
-    ShardRecord,
     SnapshotRecord,
     TaskRecord,
     decode,
-    sample_key,
 )
 from fisherscope.store.schema import JOURNAL_DIRECTORY
-
-
-def keys_digest(keys: Iterable[str]) -> str:
-    """sha256 over the keys of a task in row order, each followed by a newline.
-
-    Raises:
-        ValueError: a key is no key.
-    """
-    whole = hashlib.sha256()
-    for key in keys:
-        whole.update(sample_key(key).encode() + b"\n")
-    return whole.hexdigest()
+from fisherscope.store.shard_record import ShardRecord
 
 
 @dataclass
@@ -46,10 +32,10 @@ class Ledger:
         store_sha256: digest of ``store.json`` that the records must agree with.
         tasks: declared, in order.
         rows: per task the committed rows.
-        segments: per task the committed segments.
+        segments: per task the committed segments by file, less those that others have replaced.
         snapshots: per task the latest snapshot.
+        merged: files of other ranks' snapshots that this rank's hold by now.
         constants: arrays for the whole store.
-        complete: tasks of which the rank's share is done.
         records: number of records applied.
     """
 
@@ -57,14 +43,14 @@ class Ledger:
     store_sha256: str
     tasks: dict[str, TaskRecord] = field(default_factory=dict)
     rows: dict[str, set[int]] = field(default_factory=dict)
-    segments: dict[str, list[SegmentRecord]] = field(default_factory=dict)
+    segments: dict[str, dict[str, SegmentRecord]] = field(default_factory=dict)
     snapshots: dict[str, SnapshotRecord] = field(default_factory=dict)
+    merged: set[str] = field(default_factory=set)
     constants: ConstantsRecord | None = None
-    complete: set[str] = field(default_factory=set)
     records: int = 0
 
     @classmethod
-    def replay(cls, path: Path, rank: int, store_sha256: str, lines: Sequence[dict[str, Any]]) -> Ledger:
+    def replay(cls, path: Path, rank: int, store_sha256: str, lines: Sequence[Line]) -> Ledger:
         """Apply the lines of a journal.
 
         Raises:
@@ -73,7 +59,7 @@ class Ledger:
         ledger = cls(rank, store_sha256)
         for number, line in enumerate(lines, 1):
             try:
-                ledger.apply(decode(line, rank, number - 1))
+                ledger.apply(decode(line.record, line.table, rank, number - 1))
             except (ValueError, OverflowError) as error:
                 raise CorruptStoreError(
                     f"{path}: line {number} cannot be true: {error}. Restore the store from a copy"
@@ -95,14 +81,16 @@ class Ledger:
                 if sha256 != self.store_sha256:
                     raise ValueError("store.json is not the one that the journal was started with")
             case TaskRecord(name):
-                if name in self.tasks:
+                known = self.tasks.get(name)
+                if known is not None and (known == record or not record.extends(known)):
                     raise ValueError(f"task {name!r} is declared twice")
-            case SegmentRecord(task, rows):
+            case SegmentRecord(task):
                 self._check_task(task)
-                if max(rows) >= self.tasks[task].n or not self.rows[task].isdisjoint(rows):
-                    raise ValueError(f"rows of {task!r} are committed twice, or beyond its last")
-            case SnapshotRecord(task) | CompleteRecord(task):
+                self._check_segment(record)
+            case SnapshotRecord(task, batches, count):
                 self._check_task(task)
+                if not progressions.size(batches) <= count <= self.tasks[task].n:
+                    raise ValueError(f"a snapshot covers more of {task!r} than there is")
             case ConstantsRecord():
                 if self.constants is not None:
                     raise ValueError("constants are committed twice")
@@ -117,16 +105,18 @@ class Ledger:
         match record:
             case TaskRecord(name):
                 self.tasks[name] = record
-                self.rows[name], self.segments[name] = set(), []
+                self.rows.setdefault(name, set())
+                self.segments.setdefault(name, {})
             case SegmentRecord(task, rows):
+                for file in record.replaces:
+                    del self.segments[task][file]
                 self.rows[task].update(rows)
-                self.segments[task].append(record)
+                self.segments[task][record.shard.file] = record
             case SnapshotRecord(task):
                 self.snapshots[task] = record
+                self.merged.update(record.merges)
             case ConstantsRecord():
                 self.constants = record
-            case CompleteRecord(task):
-                self.complete.add(task)
             case JournalStart():
                 pass
         self.records += 1
@@ -135,10 +125,24 @@ class Ledger:
         if task not in self.tasks:
             raise ValueError(f"task {task!r} was not declared")
 
+    def _check_segment(self, record: SegmentRecord) -> None:
+        task, rows = record.task, record.rows
+        if max(rows) >= self.tasks[task].n:
+            raise ValueError(f"rows of {task!r} lie beyond its last")
+        if not record.replaces:
+            if not self.rows[task].isdisjoint(rows):
+                raise ValueError(f"rows of {task!r} are committed twice")
+            return
+        known = self.segments[task]
+        if len(set(record.replaces)) != len(record.replaces) or not known.keys() >= set(record.replaces):
+            raise ValueError(f"it replaces segments of {task!r} that are not there")
+        if sorted(rows) != sorted(row for file in record.replaces for row in known[file].rows):
+            raise ValueError(f"it replaces segments of {task!r} with other rows")
+
     def shards(self) -> Iterator[ShardRecord]:
-        """Every shard that must exist: superseded snapshots need not."""
+        """Every shard that must exist: superseded ones need not."""
         for segments in self.segments.values():
-            yield from (segment.shard for segment in segments)
+            yield from (segment.shard for segment in segments.values())
         yield from (snapshot.shard for snapshot in self.snapshots.values())
         if self.constants is not None:
             yield self.constants.shard
@@ -155,27 +159,57 @@ def read_ledgers(root: Path, store_sha256: str) -> list[Ledger]:
             root / JOURNAL_DIRECTORY / journal.journal_file(rank),
             rank,
             store_sha256,
-            journal.read(root, rank).records,
+            journal.read(root, rank).lines,
         )
         for rank in journal.ranks(root)
     ]
-    check_agreement(root, ledgers)
+    settle(root, ledgers)
     return ledgers
 
 
-def check_agreement(root: Path, ledgers: Sequence[Ledger]) -> None:
-    """Check that ranks declare the same tasks and that no row is committed by two of them.
+def settle(root: Path, ledgers: Sequence[Ledger]) -> None:
+    """Check that ranks agree, and drop the snapshots that another rank's hold.
+
+    Ranks agree when they declare the same tasks, some perhaps with fewer samples, and no row and no batch is
+    covered by two of them.
 
     Raises:
         CorruptStoreError: they do not.
     """
-    tasks: dict[str, TaskRecord] = {}
-    rows: dict[str, set[int]] = {}
+    merged = set[str]().union(*(ledger.merged for ledger in ledgers))
     for ledger in ledgers:
-        for name, task in ledger.tasks.items():
-            if tasks.setdefault(name, task) != task:
-                raise CorruptStoreError(f"{root}: the ranks' journals disagree about task {name!r}")
-            if not rows.setdefault(name, set()).isdisjoint(ledger.rows[name]):
-                twice = min(rows[name] & ledger.rows[name])
-                raise CorruptStoreError(f"{root}: row {twice} of task {name!r} is committed by two ranks")
-            rows[name] |= ledger.rows[name]
+        for gone in [task for task, snapshot in ledger.snapshots.items() if snapshot.shard.file in merged]:
+            del ledger.snapshots[gone]
+    for name in dict.fromkeys(name for ledger in ledgers for name in ledger.tasks):
+        mine = [ledger for ledger in ledgers if name in ledger.tasks]
+        widest = latest(name, mine)
+        if not all(widest.extends(ledger.tasks[name]) for ledger in mine):
+            raise CorruptStoreError(f"{root}: the ranks' journals disagree about task {name!r}")
+        check_keys_file(root, widest.extents[-1])
+        _check_rows(root, name, mine)
+        _check_batches(root, name, mine)
+
+
+def latest(name: str, ledgers: Sequence[Ledger]) -> TaskRecord:
+    """A task as the rank declares it that knows of the most samples."""
+    return max((ledger.tasks[name] for ledger in ledgers if name in ledger.tasks), key=lambda task: task.n)
+
+
+def _check_rows(root: Path, task: str, ledgers: Sequence[Ledger]) -> None:
+    rows: set[int] = set()
+    for ledger in ledgers if len(ledgers) > 1 else ():
+        if not rows.isdisjoint(ledger.rows[task]):
+            twice = min(rows & ledger.rows[task])
+            raise CorruptStoreError(f"{root}: row {twice} of task {task!r} is committed by two ranks")
+        rows |= ledger.rows[task]
+
+
+def _check_batches(root: Path, task: str, ledgers: Sequence[Ledger]) -> None:
+    snapshots = [ledger.snapshots[task] for ledger in ledgers if task in ledger.snapshots]
+    if sum(s.count for s in snapshots) > sum(len(ledger.rows[task]) for ledger in ledgers):
+        raise CorruptStoreError(
+            f"{root}: the aggregates of task {task!r} cover more samples than are committed"
+        )
+    packed = [p for snapshot in snapshots for p in snapshot.batches]
+    if len(set(progressions.unpack(packed).tolist())) != progressions.size(packed):
+        raise CorruptStoreError(f"{root}: a batch of task {task!r} is in the aggregates twice")

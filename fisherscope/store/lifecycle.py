@@ -10,8 +10,8 @@ from pathlib import Path
 from fisherscope.errors import CorruptStoreError, StoreExistsError
 from fisherscope.store import disk
 from fisherscope.store.disk import Durability
+from fisherscope.store.keys import KEYS_DIRECTORY
 from fisherscope.store.ledger import Ledger
-from fisherscope.store.records import ShardRecord
 from fisherscope.store.schema import (
     HEADER_FILE,
     JOURNAL_DIRECTORY,
@@ -21,6 +21,7 @@ from fisherscope.store.schema import (
     encode_header,
     read_header,
 )
+from fisherscope.store.shard_record import ShardRecord
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def create_or_check(
             )
     stored, digest = read_header(root)
     check_identity(stored, header, root)
-    for directory in (JOURNAL_DIRECTORY, SHARD_DIRECTORY):
+    for directory in (JOURNAL_DIRECTORY, SHARD_DIRECTORY, KEYS_DIRECTORY):
         disk.make_directory(root / directory)
     if durable:
         # always: whoever created these entries may have been killed before it could sync them
@@ -136,6 +137,7 @@ def remove_leftovers(root: Path, ledger: Ledger) -> None:
     """Remove the rank's temporary files, and its shards that no record commits (any more)."""
     kept = {shard.file for shard in ledger.shards()}
     ours = (tmp_prefix(ledger.rank), f"r{ledger.rank:04d}-")
-    for name in sorted(os.listdir(root / SHARD_DIRECTORY)):  # noqa: PTH208
-        if name.startswith(ours) and name not in kept:
-            disk.unlink(root / SHARD_DIRECTORY / name)
+    for directory in (SHARD_DIRECTORY, KEYS_DIRECTORY):
+        for name in sorted(os.listdir(root / directory)):  # noqa: PTH208
+            if name.startswith(ours) and name not in kept:
+                disk.unlink(root / directory / name)

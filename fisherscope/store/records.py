@@ -1,58 +1,22 @@
 """The records of a journal: what each kind holds, to JSON and back, checked field by field.
 
 A record that passes cannot lead a reader outside the files of the store: names are plain, sizes are
-bounded, datasets lie on pages inside their shard and do not overlap.
+bounded.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
-from fisherscope.store.checksum import BlockGrid
-from fisherscope.store.dtypes import stored_type
-from fisherscope.store.names import is_dataset_name
-from fisherscope.store.skeleton import PAGE, DatasetSpec
+from fisherscope.store.fields import bounded, integer, integers, matching, typed
+from fisherscope.store.keys import MAX_ROWS, SHA256, Extent
+from fisherscope.store.progressions import Progression
+from fisherscope.store.shard_record import MAX_BYTES, ShardRecord
 
-MAX_BYTES = 1 << 50
-MAX_ROWS = 1 << 40
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_KEY = re.compile(r"[!-~]{1,128}")
-_HEX = re.compile(r"[0-9a-f]*")
-_T = TypeVar("_T")
-
-
-@dataclass(frozen=True)
-class DatasetRecord:
-    """One dataset of a committed shard: where its bytes are and their checksums."""
-
-    spec: DatasetSpec
-    offset: int
-    crc32: str
-
-    @property
-    def name(self) -> str:
-        """Path inside the HDF5 file."""
-        return self.spec.name
-
-    @property
-    def grid(self) -> BlockGrid:
-        """The checksummed blocks."""
-        return BlockGrid(self.spec.nbytes, self.spec.spans)
-
-
-@dataclass(frozen=True)
-class ShardRecord:
-    """One committed shard."""
-
-    file: str
-    nbytes: int
-    sha256: str
-    datasets: tuple[DatasetRecord, ...]
+_SHARD = re.compile(r"r[0-9]{4}-[0-9]{6,}\.h5")
 
 
 @dataclass(frozen=True)
@@ -65,31 +29,55 @@ class JournalStart:
 
 @dataclass(frozen=True)
 class TaskRecord:
-    """A task was declared: its number of samples and a digest of their keys."""
+    """A task was declared, or extended: all extents that it has by now."""
 
     name: str
-    n: int
-    keys_sha256: str
+    extents: tuple[Extent, ...]
+
+    @property
+    def n(self) -> int:
+        """Number of its samples."""
+        return self.extents[-1].n
+
+    def extends(self, other: TaskRecord) -> bool:
+        """Whether this is the other task, or the other task with more samples."""
+        return self.name == other.name and self.extents[: len(other.extents)] == other.extents
 
 
 @dataclass(frozen=True)
 class SegmentRecord:
-    """Samples of one task were committed; row ``rows[i]`` is the i-th of every dataset."""
+    """Samples of one task were committed; row ``rows[i]`` is the i-th of every dataset.
+
+    Attributes:
+        task: whose samples.
+        rows: their row numbers.
+        shard: where they are.
+        replaces: files of this rank's segments that held the very same samples until now.
+    """
 
     task: str
     rows: tuple[int, ...]
-    keys: tuple[str, ...]
     shard: ShardRecord
+    replaces: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class SnapshotRecord:
-    """The aggregate of a task over ``batches`` (``count`` samples) replaces the rank's former one."""
+    """The aggregate of a task over some batches replaces the rank's former one.
+
+    Attributes:
+        task: whose aggregate.
+        batches: numbers of the batches that it covers.
+        count: number of samples in them.
+        shard: where it is.
+        merges: files of other ranks' snapshots that it holds, too, and replaces.
+    """
 
     task: str
-    batches: tuple[int, ...]
+    batches: tuple[Progression, ...]
     count: int
     shard: ShardRecord
+    merges: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,16 +87,7 @@ class ConstantsRecord:
     shard: ShardRecord
 
 
-@dataclass(frozen=True)
-class CompleteRecord:
-    """The rank's share of a task is done, aggregates included."""
-
-    task: str
-
-
-Record: TypeAlias = (
-    JournalStart | TaskRecord | SegmentRecord | SnapshotRecord | ConstantsRecord | CompleteRecord
-)
+Record: TypeAlias = JournalStart | TaskRecord | SegmentRecord | SnapshotRecord | ConstantsRecord
 
 
 def shard_name(rank: int, sequence: int) -> str:
@@ -116,65 +95,42 @@ def shard_name(rank: int, sequence: int) -> str:
     return f"r{rank:04d}-{sequence:06d}.h5"
 
 
-def encode(record: Record) -> dict[str, Any]:
-    """Plain data for one line of a journal."""
+def encode(record: Record) -> tuple[dict[str, Any], bytes]:
+    """Plain data for one line of a journal, and the table of the shard's datasets."""
     match record:
         case JournalStart(rank, sha256):
-            return {"kind": "journal", "rank": rank, "store_sha256": sha256}
-        case TaskRecord(name, n, keys):
-            return {"kind": "task", "name": name, "n": n, "keys_sha256": keys}
-        case SegmentRecord(task, rows, keys, shard):
-            body = {"task": task, "rows": list(rows), "keys": list(keys)}
-            return {"kind": "segment", **body, **_encode_shard(shard)}
-        case SnapshotRecord(task, batches, count, shard):
-            body = {"task": task, "batches": list(batches)}
-            return {"kind": "snapshot", **body, "count": count, **_encode_shard(shard)}
+            return {"kind": "journal", "rank": rank, "store_sha256": sha256}, b""
+        case TaskRecord(name, extents):
+            return {"kind": "task", "name": name, "extents": [[e.n, e.keys_sha256] for e in extents]}, b""
+        case SegmentRecord(task, rows, shard, replaces):
+            body = {"task": task, "rows": list(rows)} | ({"replaces": list(replaces)} if replaces else {})
+            return {"kind": "segment", **body, **shard.to_json()}, shard.table
+        case SnapshotRecord(task, batches, count, shard, merges):
+            covered = {"batches": [list(p) for p in batches], "count": count}
+            also = {"merges": list(merges)} if merges else {}
+            return {"kind": "snapshot", "task": task, **covered, **also, **shard.to_json()}, shard.table
         case ConstantsRecord(shard):
-            return {"kind": "constants", **_encode_shard(shard)}
-        case CompleteRecord(task):
-            return {"kind": "complete", "task": task}
+            return {"kind": "constants", **shard.to_json()}, shard.table
 
 
-def _encode_shard(shard: ShardRecord) -> dict[str, Any]:
-    return {
-        "shard": shard.file,
-        "bytes": shard.nbytes,
-        "sha256": shard.sha256,
-        "datasets": [
-            {
-                "name": d.spec.name,
-                "offset": d.offset,
-                "shape": list(d.spec.shape),
-                "dtype": d.spec.dtype,
-                "spans": d.spec.spans,
-                "crc32": d.crc32,
-            }
-            for d in shard.datasets
-        ],
-    }
-
-
-def decode(data: dict[str, Any], rank: int, sequence: int) -> Record:
+def decode(data: dict[str, Any], table: bytes, rank: int, sequence: int) -> Record:
     """Read what :func:`encode` wrote.
+
+    Args:
+        data: of the line.
+        table: the datasets of its shard, which are read when they are asked for.
+        rank, sequence: whose journal this is and the number of the line.
 
     Raises:
         ValueError: a field is missing, or not what it may be; the message says which.
     """
     kind = data.get("kind")
     decoders: dict[Any, Callable[[], Record]] = {
-        "journal": lambda: JournalStart(_int(data, "rank", 9999), _matching(data, "store_sha256", _SHA256)),
-        "task": lambda: TaskRecord(
-            task_name(data.get("name")), _int(data, "n", MAX_ROWS), _matching(data, "keys_sha256", _SHA256)
-        ),
-        "segment": lambda: _segment(data, rank, sequence),
-        "snapshot": lambda: SnapshotRecord(
-            task_name(data.get("task")),
-            tuple(_ints(data, "batches")),
-            _int(data, "count", MAX_ROWS),
-            _shard(data, rank, sequence),
-        ),
-        "constants": lambda: ConstantsRecord(_shard(data, rank, sequence)),
-        "complete": lambda: CompleteRecord(task_name(data.get("task"))),
+        "journal": lambda: JournalStart(integer(data, "rank", 9999), matching(data, "store_sha256", SHA256)),
+        "task": lambda: TaskRecord(task_name(data.get("name")), _extents(data)),
+        "segment": lambda: _segment(data, _shard(data, table, rank, sequence)),
+        "snapshot": lambda: _snapshot(data, _shard(data, table, rank, sequence)),
+        "constants": lambda: ConstantsRecord(_shard(data, table, rank, sequence)),
     }
     if not isinstance(kind, str) or kind not in decoders:
         raise ValueError(f"unknown kind of record {kind!r}")
@@ -192,85 +148,53 @@ def task_name(name: Any) -> str:
     return name
 
 
-def sample_key(key: Any) -> str:
-    """Check the key of a sample.
-
-    Raises:
-        ValueError: not 1 to 128 printable ASCII characters without blanks.
-    """
-    if not isinstance(key, str) or not _KEY.fullmatch(key):
-        raise ValueError(f"a sample's key must be 1 to 128 printable ASCII characters, not {key!r}")
-    return key
-
-
-def _segment(data: dict[str, Any], rank: int, sequence: int) -> SegmentRecord:
-    rows = tuple(_ints(data, "rows"))
-    keys = tuple(sample_key(key) for key in _typed(data, "keys", list))
-    if len(rows) != len(keys) or not rows or len(set(rows)) != len(rows):
-        raise ValueError("rows are empty, repeated, or not as many as keys")
-    return SegmentRecord(task_name(data.get("task")), rows, keys, _shard(data, rank, sequence))
+def _extents(data: dict[str, Any]) -> tuple[Extent, ...]:
+    extents: list[Extent] = []
+    for entry in typed(data, "extents", list):
+        if not isinstance(entry, list) or len(entry) != 2:
+            raise ValueError("'extents' holds something else than pairs")
+        n = bounded(entry[0], "extents", MAX_ROWS)
+        if not isinstance(entry[1], str) or not SHA256.fullmatch(entry[1]):
+            raise ValueError("'extents' holds something that is no sha256")
+        if extents and n <= extents[-1].n:
+            raise ValueError("the extents of a task do not grow")
+        extents.append(Extent(n, entry[1]))
+    if not extents:
+        raise ValueError("a task has no extents")
+    return tuple(extents)
 
 
-def _shard(data: dict[str, Any], rank: int, sequence: int) -> ShardRecord:
-    file = _typed(data, "shard", str)
+def _segment(data: dict[str, Any], shard: ShardRecord) -> SegmentRecord:
+    rows = tuple(integers(data, "rows", MAX_ROWS))
+    if not rows or len(set(rows)) != len(rows):
+        raise ValueError("rows are empty or repeated")
+    return SegmentRecord(task_name(data.get("task")), rows, shard, _files(data, "replaces"))
+
+
+def _snapshot(data: dict[str, Any], shard: ShardRecord) -> SnapshotRecord:
+    batches = []
+    for entry in typed(data, "batches", list):
+        if not isinstance(entry, list) or len(entry) != 3:
+            raise ValueError("'batches' holds something else than start, count and step")
+        start, count, step = (bounded(value, "batches", MAX_ROWS) for value in entry)
+        if not count or not step or start + count * step > MAX_ROWS:
+            raise ValueError("'batches' holds an impossible progression")
+        batches.append((start, count, step))
+    count = integer(data, "count", MAX_ROWS)
+    return SnapshotRecord(task_name(data.get("task")), tuple(batches), count, shard, _files(data, "merges"))
+
+
+def _files(data: dict[str, Any], key: str) -> tuple[str, ...]:
+    files = data.get(key, [])
+    if not isinstance(files, list) or not all(isinstance(f, str) and _SHARD.fullmatch(f) for f in files):
+        raise ValueError(f"{key!r} holds something else than names of shards")
+    return tuple(files)
+
+
+def _shard(data: dict[str, Any], table: bytes, rank: int, sequence: int) -> ShardRecord:
+    file = typed(data, "shard", str)
     if file != shard_name(rank, sequence):
         raise ValueError(f"record {sequence} of rank {rank} cannot name the shard {file!r}")
-    nbytes = _int(data, "bytes", MAX_BYTES)
-    datasets = tuple(_dataset(d, nbytes) for d in _typed(data, "datasets", list))
-    if len({d.name for d in datasets}) != len(datasets):
-        raise ValueError("two datasets have the same name")
-    placed = sorted((d.offset, d.offset + d.spec.nbytes) for d in datasets if d.spec.nbytes)
-    if any(after[0] < before[1] for before, after in pairwise(placed)):
-        raise ValueError("datasets overlap")
-    return ShardRecord(file, nbytes, _matching(data, "sha256", _SHA256), datasets)
-
-
-def _dataset(data: Any, file_bytes: int) -> DatasetRecord:
-    if not isinstance(data, dict):
-        raise ValueError("a dataset is no object")  # noqa: TRY004 - every damage is one kind of error
-    name = _typed(data, "name", str)
-    if not is_dataset_name(name):
-        raise ValueError(f"{name!r} cannot be the name of a dataset")
-    shape = tuple(_ints(data, "shape"))
-    if len(shape) > 8:
-        raise ValueError(f"{name!r} has {len(shape)} axes")
-    kind = stored_type(_typed(data, "dtype", str))
-    nbytes, offset = math.prod(shape) * kind.itemsize, _int(data, "offset", MAX_BYTES)
-    if offset % PAGE or (nbytes and not offset) or offset + nbytes > file_bytes:
-        raise ValueError(f"{name!r} does not lie on pages inside its shard of {file_bytes} bytes")
-    spans = _int(data, "spans", MAX_BYTES)
-    if spans != 1 and (not shape or spans != shape[0] or not nbytes):
-        raise ValueError(f"{name!r} cannot have {spans} spans")
-    crc32 = _matching(data, "crc32", _HEX)
-    record = DatasetRecord(DatasetSpec(name, shape, kind.name, spans), offset, crc32)
-    if len(crc32) != 8 * len(record.grid):
-        raise ValueError(f"{name!r} has {len(crc32)} hex digits of crc32 for {len(record.grid)} blocks")
-    return record
-
-
-def _typed(data: dict[str, Any], key: str, kind: type[_T]) -> _T:
-    value = data.get(key)
-    if not isinstance(value, kind):
-        raise ValueError(f"{key!r} is missing or no {kind.__name__}")  # noqa: TRY004
-    return value
-
-
-def _int(data: dict[str, Any], key: str, largest: int) -> int:
-    return _bounded(data.get(key), key, largest)
-
-
-def _ints(data: dict[str, Any], key: str) -> list[int]:
-    return [_bounded(value, key, MAX_ROWS) for value in _typed(data, key, list)]
-
-
-def _bounded(value: Any, key: str, largest: int) -> int:
-    if type(value) is not int or not 0 <= value <= largest:
-        raise ValueError(f"{key!r} is missing, or not a whole number from 0 to {largest}")
-    return value
-
-
-def _matching(data: dict[str, Any], key: str, pattern: re.Pattern[str]) -> str:
-    value = _typed(data, key, str)
-    if not pattern.fullmatch(value):
-        raise ValueError(f"{key!r} has the wrong form: {value[:80]!r}")
-    return value
+    if not table:
+        raise ValueError(f"the shard {file!r} has no table of datasets")
+    return ShardRecord(file, integer(data, "bytes", MAX_BYTES), matching(data, "sha256", SHA256), table)

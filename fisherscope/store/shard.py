@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
 from fisherscope.store import disk
-from fisherscope.store.checksum import BLOCK_BYTES, BlockGrid, digest_file
+from fisherscope.store.checksum import BLOCK_BYTES, BlockGrid, block_crcs, file_sha256
 from fisherscope.store.disk import Durability
-from fisherscope.store.records import DatasetRecord, ShardRecord
+from fisherscope.store.shard_record import DatasetRecord, ShardRecord
 from fisherscope.store.skeleton import DatasetSpec, lay_out
 
 
@@ -85,21 +86,30 @@ class ShardFile:
 
         Returns:
             What the journal has to hold about it. It is not committed before the journal does.
+
+        Raises:
+            OSError: it could not be read back, synced or renamed.
         """
-        specs = list(self._specs.values())
-        grids = [(self._offsets[spec.name], BlockGrid(spec.nbytes, spec.spans)) for spec in specs]
-        sha256, crcs = digest_file(self._fd, self.size, grids)
-        if self._durable:
-            disk.sync(self._fd)
+        # the medium is waited for while one thread computes each kind of checksum
+        with ThreadPoolExecutor(2, "fisherscope-digest") as pool:
+            sha256 = pool.submit(file_sha256, self._fd, self.size)
+            datasets = pool.submit(self._datasets)
+            if self._durable:
+                disk.sync(self._fd)
+        record = ShardRecord.of(final.name, self.size, sha256.result(), datasets.result())
         self.release()
         disk.rename(self.path, final)
         self.path = final
         if self._durable:
             disk.sync_path(final.parent)
-        datasets = tuple(
-            DatasetRecord(spec, self._offsets[spec.name], crc) for spec, crc in zip(specs, crcs, strict=True)
-        )
-        return ShardRecord(final.name, self.size, sha256, datasets)
+        return record
+
+    def _datasets(self) -> list[DatasetRecord]:
+        places = [(spec, self._offsets[spec.name]) for spec in self._specs.values()]
+        return [
+            DatasetRecord(spec, offset, block_crcs(self._fd, offset, BlockGrid(spec.nbytes, spec.spans)))
+            for spec, offset in places
+        ]
 
     def discard(self) -> None:
         """Close and remove the file, under whichever name it has."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from fisherscope.store.dtypes import name_of, to_raw
 from fisherscope.store.mapped import MappedShard
 from fisherscope.store.names import escape_path, unescape_path
+from fisherscope.store.progressions import unpack
 from fisherscope.store.records import SnapshotRecord
 from fisherscope.store.shard import ShardFile
 from fisherscope.store.skeleton import DatasetSpec
@@ -25,7 +26,7 @@ class Snapshot:
     """The state of an aggregate.
 
     Attributes:
-        batches: numbers of the batches it covers.
+        batches: numbers of the batches it covers, ascending.
         count: number of samples in them.
         arrays: writable tensors, bit for bit as they were given.
     """
@@ -64,4 +65,4 @@ def read_snapshot(root: Path, record: SnapshotRecord) -> Snapshot:
     """
     shard = MappedShard(root, record.shard)
     arrays = {unescape_path(d.name): shard.tensor(d.name) for d in record.shard.datasets}
-    return Snapshot(record.batches, record.count, arrays)
+    return Snapshot(tuple(sorted(unpack(record.batches).tolist())), record.count, arrays)

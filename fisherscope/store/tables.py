@@ -17,6 +17,7 @@ from fisherscope.linalg import Moments
 from fisherscope.linalg.normalization import factors
 from fisherscope.store import aggregates
 from fisherscope.store.index import Chunk, TaskIndex
+from fisherscope.store.keys import read_keys
 from fisherscope.store.plan import SAMPLE_COLUMNS
 
 if TYPE_CHECKING:
@@ -42,15 +43,12 @@ def samples(store: ContributionStore, index: TaskIndex) -> pd.DataFrame:
         raise CorruptStoreError(
             f"{store.path}: the rows in the shards of task {task!r} are not the journal's"
         )
-    keys = [
-        index.segments[segment].keys[position]
-        for segment, position in zip(index.segment, index.position, strict=True)
-    ]
+    keys = read_keys(store.path, index.task.extents)
     frame = pd.DataFrame(
         {
             "id": [f"{task}_{row}" for row in index.rows],
             "row": index.rows,
-            "key": keys,
+            "key": [keys[row] for row in index.rows],
             **{
                 name: column(store, index, f"sample/{name}")
                 for name in ("length", "tokens", "loss", "truncated")

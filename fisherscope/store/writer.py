@@ -1,37 +1,24 @@
-"""Writing a store: one writer per rank, every commit durable before the call returns."""
+"""Writing a store: one writer per rank, and a commit for every segment, snapshot and declared task."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from fisherscope.errors import FingerprintError, StoreError
-from fisherscope.store import disk, lifecycle
+from fisherscope.errors import StoreError
+from fisherscope.store import disk
+from fisherscope.store.commits import Commits
+from fisherscope.store.declaring import Declared, declare
 from fisherscope.store.disk import Durability
-from fisherscope.store.gradient_plan import GradientPlan
-from fisherscope.store.journal import Journal
-from fisherscope.store.ledger import Ledger, check_agreement, keys_digest, read_ledgers
 from fisherscope.store.plan import SegmentPlan
-from fisherscope.store.records import (
-    CompleteRecord,
-    ConstantsRecord,
-    JournalStart,
-    Record,
-    SegmentRecord,
-    ShardRecord,
-    SnapshotRecord,
-    TaskRecord,
-    decode,
-    encode,
-    shard_name,
-    task_name,
-)
-from fisherscope.store.schema import FORMAT_VERSION, SHARD_DIRECTORY, StoreHeader
+from fisherscope.store.progressions import pack, unpack
+from fisherscope.store.records import ConstantsRecord, SegmentRecord, SnapshotRecord, TaskRecord
+from fisherscope.store.schema import StoreHeader
+from fisherscope.store.sealing import Sealer
 from fisherscope.store.segment import SegmentWriter
 from fisherscope.store.shard import ShardFile
-from fisherscope.store.skeleton import DatasetSpec
 from fisherscope.store.snapshot import Arrays, Snapshot, read_snapshot, write_arrays
 
 
@@ -46,29 +33,17 @@ class StoreWriter:
             process, and :meth:`close` makes everything survive the loss of power. "none": nothing is synced.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        header: StoreHeader,
-        journal: Journal,
-        ledger: Ledger,
-        others: Sequence[Ledger],
-        durability: Durability,
-    ) -> None:
+    def __init__(self, commits: Commits, queue: int) -> None:
         """Use :meth:`open`."""
-        self.path = path
-        self.header = header
-        self.rank = ledger.rank
-        self.durability = durability
-        self._journal = journal
-        self._ledger = ledger
-        self._others = list(others)
-        self._keys: dict[str, tuple[str, ...]] = {}
+        self.path = commits.path
+        self.header = commits.header
+        self.rank = commits.rank
+        self.durability = commits.durability
+        self._commits = commits
+        self._sealer = Sealer(queue)
+        self._declared: set[str] = set()
         self._segments: list[SegmentWriter] = []
-        self._gradients = GradientPlan.build(header.layout, header.gradient_parameters)
-        self._created = 0
-        self._unsynced: list[Path] = []
-        self._bytes = 0
+        self._waiting: list[tuple[str, tuple[int, ...]]] = []
 
     @classmethod
     def open(
@@ -79,10 +54,21 @@ class StoreWriter:
         rank: int = 0,
         durability: Durability = "power",
         resume: bool = True,
+        queue: int = 0,
     ) -> StoreWriter:
         """Create a store, or go on with one that the same run began.
 
         What a crash left behind (a torn line, temporary files, shards that were not committed) is removed.
+
+        Args:
+            path: the store's directory.
+            header: what the store is a store of; :attr:`header` is that of a store which is there.
+            rank: of this writer.
+            durability: what a commit survives.
+            resume: False refuses a store that is there.
+            queue: with 0 a segment is committed when its ``commit()`` returns. Otherwise a thread seals and
+                commits, at most so many segments wait for it, and what goes wrong there is raised by the
+                next call, by :meth:`flush` and by :meth:`close`.
 
         Raises:
             StoreExistsError: the directory holds something else, or a store and ``resume`` is False.
@@ -91,68 +77,57 @@ class StoreWriter:
             StoreLockedError: another process writes as this rank.
             CorruptStoreError: something that was committed is missing or damaged.
         """
-        if durability not in disk.DURABILITIES:
-            raise ValueError(f"durability {durability!r} is none of {list(disk.DURABILITIES)}")
-        if not 0 <= rank <= 9999:
-            raise ValueError(f"rank must be 0 to 9999, not {rank}")
-        root = Path(path)
-        stored, digest = lifecycle.create_or_check(root, header, durability, resume=resume)
-        journal = Journal(root, rank, durability)
-        try:
-            ledger = Ledger.replay(journal.path, rank, digest, journal.found)
-            others = [other for other in read_ledgers(root, digest) if other.rank != rank]
-            check_agreement(root, [ledger, *others])
-            lifecycle.check_shards(root, ledger, durability)
-            lifecycle.remove_leftovers(root, ledger)
-            writer = cls(root, stored, journal, ledger, others, durability)
-            if not ledger.records:
-                writer._append(JournalStart(rank, digest))
-        except BaseException:
-            journal.close()
-            raise
-        return writer
+        commits = Commits.open(Path(path), header, rank=rank, durability=durability, resume=resume)
+        return cls(commits, queue)
 
     @property
     def tasks(self) -> dict[str, TaskRecord]:
         """The tasks that this rank declared, in order."""
-        return dict(self._ledger.tasks)
+        return dict(self._commits.ledger.tasks)
 
     @property
     def bytes_written(self) -> int:
         """Bytes that this writer has written into shards, those of open segments included."""
-        return self._bytes + sum(segment.bytes_written for segment in self._segments)
+        return self._commits.bytes_written + sum(segment.bytes_written for segment in self._segments)
 
-    def declare_task(self, name: str, keys: Sequence[str]) -> None:
-        """Say which samples a task has; a second time with the same keys does nothing.
+    def declare_task(self, name: str, keys: Sequence[str]) -> Declared:
+        """Say which samples a task has.
+
+        A task that the store has may come with more samples, and in another order: samples are known by their
+        keys, those which are there keep their rows, and new ones get rows behind them.
 
         Args:
             name: of the task.
-            keys: one per sample, in row order.
+            keys: one per sample, in the order of the data.
+
+        Returns:
+            Which sample is which row, and where the task was extended.
 
         Raises:
-            FingerprintError: the store has a task of this name with other samples.
-            ValueError: the name or a key cannot be stored.
+            FingerprintError: the store's task of this name has samples that are not among these.
+            ValueError: the name or a key cannot be stored, or two samples have the same key.
         """
-        record = TaskRecord(task_name(name), len(keys), keys_digest(keys))
-        for ledger in (self._ledger, *self._others):
-            known = ledger.tasks.get(name)
-            if known is not None and known != record:
-                what = (
-                    f"{known.n} samples in the store, {record.n} now"
-                    if known.n != record.n
-                    else f"{record.n} samples as before, but other ones or in another order"
-                )
-                raise FingerprintError(
-                    f"task {name!r} of {self.path} holds other data: {what}. Use the data that the store "
-                    "was begun with, or collect into another directory"
-                )
-        if name not in self._ledger.tasks:
-            self._append(record)
-        self._keys[name] = tuple(keys)
+        self.flush()
+        self._commits.check_usable()
+        # ranks that declare together agree on the order of the first
+        with disk.locked_directory(self.path):
+            self._commits.refresh()
+            declared = declare(self.path, self.rank, name, keys, self._commits.ledgers, self.durability)
+            if self._commits.ledger.tasks.get(name) != declared.task:
+                self._commits.append(declared.task)
+        self._declared.add(name)
+        return declared
 
     def committed_rows(self, task: str) -> set[int]:
-        """Rows whose samples are committed, by this rank or (when it was opened) by any other."""
-        return set().union(*(ledger.rows.get(task, set()) for ledger in (self._ledger, *self._others)))
+        """Rows whose samples are committed, by this rank or (when the task was declared) by any other."""
+        self.flush()
+        return set().union(*(ledger.rows.get(task, set()) for ledger in self._commits.ledgers))
+
+    def aggregated_batches(self, task: str) -> set[int]:
+        """Batches that the snapshots of any rank cover."""
+        self.flush()
+        snapshots = [ledger.snapshots[task] for ledger in self._commits.ledgers if task in ledger.snapshots]
+        return {int(batch) for snapshot in snapshots for batch in unpack(snapshot.batches)}
 
     def segment(
         self,
@@ -175,30 +150,41 @@ class StoreWriter:
             StoreError: the task was not declared by this writer.
             ValueError: a row is no row of the task, or committed or opened already.
         """
-        self._journal.check_usable()
-        keys = self._keys_of(task)
+        self._sealer.check()
+        self._commits.check_usable()
+        n = self._declared_task(task).n
         wanted = tuple(int(row) for row in rows)
         self._segments = [segment for segment in self._segments if segment.is_open]
-        taken = self.committed_rows(task).union(*(s.rows for s in self._segments if s.task == task))
-        if not wanted or len(set(wanted)) != len(wanted) or not taken.isdisjoint(wanted):
+        opened = [(s.task, s.rows) for s in self._segments]
+        taken = [ledger.rows.get(task, set()) for ledger in self._commits.ledgers]
+        taken += [set(rows) for other, rows in (*opened, *self._waiting) if other == task]
+        fresh = all(rows.isdisjoint(wanted) for rows in taken)
+        if not wanted or len(set(wanted)) != len(wanted) or not fresh:
             raise ValueError(f"rows of {task!r} are empty, repeated, or committed already")
-        if min(wanted) < 0 or max(wanted) >= len(keys):
-            raise ValueError(f"task {task!r} has rows 0..{len(keys) - 1}, got {min(wanted)}..{max(wanted)}")
-        chosen = self._gradients if gradients else None
-        plan = SegmentPlan.build(self.header, len(wanted), ragged or {}, chosen)
+        if min(wanted) < 0 or max(wanted) >= n:
+            raise ValueError(f"task {task!r} has rows 0..{n - 1}, got {min(wanted)}..{max(wanted)}")
+        plan = SegmentPlan.build(self.header, len(wanted), ragged or {}, gradients=gradients)
         segment = SegmentWriter(
             task,
             wanted,
             plan,
-            lambda p: self._new_shard("segment", list(p.specs.values()), task),
+            lambda p: self._commits.new_shard("segment", list(p.specs.values()), task),
             self._commit_segment,
         )
         self._segments.append(segment)
         return segment
 
     def _commit_segment(self, segment: SegmentWriter, shard: ShardFile, n: int) -> None:
-        rows, keys = segment.rows[:n], self._keys_of(segment.task)
-        self._commit(shard, lambda s: SegmentRecord(segment.task, rows, tuple(keys[row] for row in rows), s))
+        waiting = (segment.task, segment.rows[:n])
+
+        def seal() -> None:
+            try:
+                self._commits.commit(shard, lambda s: SegmentRecord(*waiting, s))
+            finally:
+                self._waiting.remove(waiting)
+
+        self._waiting.append(waiting)
+        self._sealer.submit(seal, shard.discard)
 
     def snapshot(self, task: str, batches: Iterable[int], count: int, arrays: Arrays) -> None:
         """Commit the state of the aggregate of a task; it replaces this rank's former one.
@@ -212,13 +198,13 @@ class StoreWriter:
         Raises:
             StoreFullError: the disk cannot hold it beside the former one, which stays.
         """
-        self._keys_of(task)
-        former = self._ledger.snapshots.get(task)
-        covered = tuple(int(batch) for batch in batches)
-        shard = write_arrays(arrays, lambda specs: self._new_shard("snapshot", specs, task))
-        self._commit(shard, lambda s: SnapshotRecord(task, covered, int(count), s))
+        self._declared_task(task)
+        self.flush()
+        former = self._commits.ledger.snapshots.get(task)
+        shard = write_arrays(arrays, lambda specs: self._commits.new_shard("snapshot", specs, task))
+        self._commits.commit(shard, lambda s: SnapshotRecord(task, pack(batches), int(count), s))
         if former is not None:
-            disk.unlink_quietly(self.path / SHARD_DIRECTORY / former.shard.file)
+            self._commits.remove([former.shard.file])
 
     def load_snapshot(self, task: str) -> Snapshot | None:
         """The last committed snapshot of this rank, or None.
@@ -226,45 +212,41 @@ class StoreWriter:
         Raises:
             CorruptStoreError: its shard is missing or damaged.
         """
-        record = self._ledger.snapshots.get(task)
+        self.flush()
+        record = self._commits.ledger.snapshots.get(task)
         return None if record is None else read_snapshot(self.path, record)
 
     def constants(self, arrays: Arrays) -> None:
         """Commit arrays that hold for the whole store. The first call counts; later ones do nothing."""
-        if any(ledger.constants for ledger in (self._ledger, *self._others)):
+        self.flush()
+        if any(ledger.constants for ledger in self._commits.ledgers):
             return
-        self._commit(
-            write_arrays(arrays, lambda specs: self._new_shard("constants", specs, "")), ConstantsRecord
+        self._commits.commit(
+            write_arrays(arrays, lambda specs: self._commits.new_shard("constants", specs, "")),
+            ConstantsRecord,
         )
 
-    def complete(self, task: str) -> None:
-        """Commit that this rank's share of a task is done, aggregates included.
+    def flush(self) -> None:
+        """Wait until everything that was handed over is committed.
 
-        A reader calls the task complete once every row is there and every rank has said so.
+        Raises:
+            StoreError, OSError: what went wrong with it.
         """
-        self._keys_of(task)
-        if task not in self._ledger.complete:
-            self._append(CompleteRecord(task))
-
-    def is_complete(self, task: str) -> bool:
-        """Whether :meth:`complete` was committed for this task by this rank."""
-        return task in self._ledger.complete
+        self._sealer.wait()
 
     def close(self) -> None:
-        """Give up open segments and the lock; a second call does nothing."""
+        """Commit what was handed over, give up open segments and the lock; a second call does nothing.
+
+        Raises:
+            StoreError, OSError: what went wrong with a segment that was handed over.
+        """
         for segment in self._segments:
             segment.abort()
         self._segments = []
         try:
-            if self.durability == "process" and self._unsynced:
-                for path in self._unsynced:
-                    if path.exists():
-                        disk.sync_path(path)
-                disk.sync_path(self.path / SHARD_DIRECTORY)
-                self._journal.sync()
-                self._unsynced = []
+            self._sealer.close()
         finally:
-            self._journal.close()
+            self._commits.close()
 
     def __enter__(self) -> Self:
         return self
@@ -276,49 +258,13 @@ class StoreWriter:
 
     def __repr__(self) -> str:
         counts = ", ".join(
-            f"{t.name} {len(self.committed_rows(t.name))}/{t.n}" for t in self._ledger.tasks.values()
+            f"{t.name} {len(self._commits.ledger.rows[t.name])}/{t.n}" for t in self.tasks.values()
         )
         return f"<StoreWriter {str(self.path)!r} rank {self.rank}: {counts or 'no tasks'}>"
 
-    def _keys_of(self, task: str) -> tuple[str, ...]:
-        if task not in self._keys:
+    def _declared_task(self, task: str) -> TaskRecord:
+        if task not in self._declared:
             raise StoreError(
                 f"task {task!r} was not declared to this writer: call declare_task with its keys first"
             )
-        return self._keys[task]
-
-    def _new_shard(self, kind: str, specs: Sequence[DatasetSpec], task: str) -> ShardFile:
-        self._journal.check_usable()
-        attributes: dict[str, bytes | int] = {
-            "format": b"fisherscope-shard",
-            "format_version": FORMAT_VERSION,
-            "kind": kind.encode(),
-            "rank": self.rank,
-        }
-        if task:
-            attributes["task"] = task.encode()
-        name = f"{lifecycle.tmp_prefix(self.rank)}{self._created:06d}"
-        self._created += 1
-        return ShardFile(self.path / SHARD_DIRECTORY / name, specs, attributes, self.durability)
-
-    def _commit(self, shard: ShardFile, make: Callable[[ShardRecord], Record]) -> None:
-        """Publish a shard and commit it by its line in the journal."""
-        sequence = self._journal.length
-        final = self.path / SHARD_DIRECTORY / shard_name(self.rank, sequence)
-        try:
-            self._journal.check_usable()
-            self._append(make(shard.publish(final)))
-        except BaseException:
-            if self._journal.uncertain or self._journal.length > sequence:
-                shard.release()  # the line is on the disk or may be: opening the store again will tell
-            else:
-                shard.discard()
-            raise
-        self._unsynced.append(final)
-        self._bytes += shard.size
-
-    def _append(self, record: Record) -> None:
-        line = encode(record)
-        # no line that a reader would refuse must ever reach the journal
-        self._ledger.check(decode(line, self.rank, self._journal.length))
-        self._journal.append(line, lambda: self._ledger.apply(record))
+        return self._commits.ledger.tasks[task]

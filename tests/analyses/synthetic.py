@@ -148,8 +148,6 @@ def write_store(
             writer.declare_task(name, [f"{name}-{i}" for i in range(task.n)])
             if rows:
                 _write_task(writer, name, task, rows, header, table, theta, text=text)
-            if rows == task.n:
-                writer.complete(name)
     return Made(open_store(path), layout, tasks, theta)
 
 

@@ -43,7 +43,7 @@ def test_disk_and_accumulators_are_what_is_then_written(
         dataset.spec.nbytes
         for ledger in store.ledgers
         for segments in ledger.segments.values()
-        for segment in segments
+        for segment in segments.values()
         for dataset in segment.shard.datasets
     )
     assert found.bytes_per_sample * 33 == pytest.approx(per_sample, rel=0.05)

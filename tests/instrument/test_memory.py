@@ -104,10 +104,10 @@ def test_a_memory_budget_makes_smaller_batches_with_the_same_results(tmp_path: P
     expected = collect(tmp_path / "wide.fs", rows)
     found = collect(tmp_path / "narrow.fs", rows, memory_budget=budget)
     same(expected, found)
-    limits = found.header.fingerprint
+    limits = found.header.options
     assert limits["batch_rows"] < 12 or limits["batch_positions"] < wide.limits.positions
     resumed = collect(tmp_path / "narrow.fs", rows)
-    assert resumed.header.fingerprint == limits
+    assert resumed.header.options == limits
 
 
 def test_a_budget_that_holds_no_accumulators_is_refused(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from fisherscope.instrument import collection
 from tests import models
 out, slow = sys.argv[1], float(sys.argv[2])
 setting = next(s for s in models.SETTINGS if s.name == "qwen2")
-collection.SEGMENT_BATCHES = 2
+collection.SEGMENT_BYTES = 1
 advance = collection.Collection.run_batch
 def delayed(self, *args):
     time.sleep(slow)
@@ -148,8 +148,8 @@ def test_another_run_in_the_same_directory_is_refused(tmp_path: Path) -> None:
     files = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     with pytest.raises(FingerprintError, match="weights"):
         fs.wrap(models.build(SETTING, seed=3)).collect({"a": data}, out, quiet=True)
-    with pytest.raises(FingerprintError, match="batch_size"):
-        fs.wrap(models.build(SETTING)).collect({"a": data}, out, batch_size=2, quiet=True)
+    with pytest.raises(FingerprintError, match="compute_dtype"):
+        fs.wrap(models.build(SETTING)).collect({"a": data}, out, compute_dtype="float64", quiet=True)
     with pytest.raises(FingerprintError, match="'a'"):
         fs.wrap(models.build(SETTING)).collect({"a": models.rows(5, seed=9)}, out, quiet=True)
     with pytest.raises(StoreExistsError, match="resume"):
@@ -165,6 +165,160 @@ def test_a_task_is_added_to_a_store(tmp_path: Path) -> None:
     store = fs.wrap(models.build(SETTING)).collect({"a": a, "b": b}, out, quiet=True)
     assert store.tasks == ["a", "b"]
     assert [store.n(task) for task in store.tasks] == [4, 5]
+
+
+def assert_equal_by_key(one: fs.ContributionStore, other: fs.ContributionStore, task: str) -> None:
+    """The same content to rounding, whichever row a sample has."""
+    assert one.is_complete(task)
+    assert other.is_complete(task)
+    left, right = one.samples(task), other.samples(task)
+    place = {key: row for row, key in enumerate(right["key"])}
+    order = [place[key] for key in left["key"]]
+    assert len(left) == len(right) == len(set(order))
+    torch.testing.assert_close(torch.tensor(left["loss"]), torch.tensor(right["loss"])[order])
+    assert left["text"].tolist() == right["text"].iloc[order].tolist() if "text" in left else True
+    for name in one.gradient_parameters:
+        torch.testing.assert_close(
+            one.gradients(task, name), other.gradients(task, name)[order], rtol=1e-2, atol=1e-5
+        )
+    for name in one.parameters:
+        torch.testing.assert_close(one.fisher(task, name), other.fisher(task, name), rtol=1e-4, atol=1e-9)
+        torch.testing.assert_close(one.mean(task, name), other.mean(task, name), rtol=1e-4, atol=1e-7)
+    mean, expected = one.groups(task), other.groups(task)
+    torch.testing.assert_close(torch.tensor(mean["mean"]), torch.tensor(expected["mean"]), rtol=1e-5, atol=0)
+    assert one.fisher_count(task) == other.fisher_count(task) == len(left)
+
+
+@pytest.mark.parametrize("size", [3, 8])
+def test_another_batch_size_and_another_order_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """Stopped after some batches, resumed with other batches and shuffled data: the same content."""
+    from fisherscope.instrument import collection
+
+    rows, out = models.rows(24), tmp_path / "run.fs"
+    run_batch, seen = collection.Collection.run_batch, []
+
+    def interrupt(self: collection.Collection, *args: object) -> None:
+        run_batch(self, *args)  # type: ignore[arg-type]
+        seen.append(1)
+        if len(seen) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(collection.Collection, "run_batch", interrupt)
+    with pytest.raises(Interrupted):
+        fs.wrap(models.build(SETTING)).collect({"a": rows}, out, batch_size=5, quiet=True)
+    monkeypatch.undo()
+    before = fs.open_store(out)
+    assert 0 < before.committed("a") < 24
+    shuffled = [rows[(7 * row + 3) % 24] for row in range(24)]
+    sizes: list[int] = []
+    run_rows = collection.Collection._run_rows
+
+    def counted(self: collection.Collection, task: object, rows: list[int], *args: object) -> None:
+        sizes.append(len(rows))
+        run_rows(self, task, rows, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(collection.Collection, "_run_rows", counted)
+    store = fs.wrap(models.build(SETTING)).collect({"a": shuffled}, out, batch_size=size, quiet=True)
+    # planned batches stay, and run in parts where they are larger than asked for
+    assert max(sizes) == min(size, 5)
+    keys = before.samples("a")
+    assert store.samples("a").loc[keys["row"], "key"].tolist() == keys["key"].tolist()
+    whole = fs.wrap(models.build(SETTING)).collect({"a": rows}, tmp_path / "whole.fs", quiet=True)
+    assert_equal_by_key(whole, store, "a")
+
+
+def test_a_task_may_get_more_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """New rows follow the old ones, which are not computed again; F covers all of them."""
+    from fisherscope.instrument import collection
+
+    rows, out = models.rows(14), tmp_path / "run.fs"
+    scope = fs.wrap(models.build(SETTING))
+    first = scope.collect({"a": rows[:9]}, out, batch_size=4, quiet=True)
+    keys = first.samples("a")["key"].tolist()
+    done: list[int] = []
+    run_rows = collection.Collection._run_rows
+
+    def counted(self: collection.Collection, task: object, rows: list[int], *args: object) -> None:
+        done.extend(rows)
+        run_rows(self, task, rows, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(collection.Collection, "_run_rows", counted)
+    store = scope.collect({"a": rows[9:] + rows[:9]}, out, batch_size=4, quiet=True)
+    assert sorted(done) == list(range(9, 14))
+    assert store.samples("a")["key"].tolist()[:9] == keys
+    assert_equal_by_key(scope.collect({"a": rows}, tmp_path / "whole.fs", quiet=True), store, "a")
+    with pytest.raises(FingerprintError, match="5 of its 14 samples"):
+        scope.collect({"a": rows[:9]}, out, batch_size=4, quiet=True)
+
+
+@pytest.mark.parametrize("afterwards", [1, 3])
+def test_ranks_share_the_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, afterwards: int) -> None:
+    """Two ranks at once, one of them stopped; then another number of ranks finishes: the same content."""
+    from fisherscope.instrument import collection
+
+    rows, out = models.rows(24), tmp_path / "run.fs"
+    scope = fs.wrap(models.build(SETTING))
+    scope.collect({"a": rows}, out, batch_size=3, rank=1, world_size=2, quiet=True)
+    assert fs.open_store(out).committed("a") == 12
+    run_batch, seen = collection.Collection.run_batch, []
+
+    def interrupt(self: collection.Collection, *args: object) -> None:
+        run_batch(self, *args)  # type: ignore[arg-type]
+        seen.append(1)
+        if len(seen) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(collection.Collection, "run_batch", interrupt)
+    with pytest.raises(Interrupted, match="2 of 4 batches"):
+        scope.collect({"a": rows}, out, batch_size=3, rank=0, world_size=2, quiet=True)
+    monkeypatch.undo()
+    for rank in range(afterwards):
+        store = scope.collect({"a": rows}, out, batch_size=3, rank=rank, world_size=afterwards, quiet=True)
+    whole = scope.collect({"a": rows}, tmp_path / "whole.fs", batch_size=3, quiet=True)
+    assert_equal_by_key(whole, store, "a")
+    torch.testing.assert_close(
+        whole.gradients("a", store.gradient_parameters[0]),
+        store.gradients("a", store.gradient_parameters[0]),
+        rtol=0,
+        atol=0,
+    )
+    with pytest.raises(ValueError, match="rank=2 of world_size=2"):
+        scope.collect({"a": rows}, out, rank=2, world_size=2)
+
+
+CHILDREN = """
+import sys, time
+from pathlib import Path
+import fisherscope as fs
+from tests import models
+out, rank = Path(sys.argv[1]), int(sys.argv[2])
+setting = next(s for s in models.SETTINGS if s.name == "qwen2")
+scope = fs.wrap(models.build(setting))
+scope.collect({"a": models.rows(24)}, out, batch_size=2, rank=rank, world_size=2, quiet=True)
+"""
+
+
+def test_ranks_may_begin_together(tmp_path: Path) -> None:
+    """Two processes create one store at the same moment, and a second process of a rank is refused."""
+    out = tmp_path / "run.fs"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", CHILDREN, str(out), str(rank)], env=environment, stderr=subprocess.PIPE
+        )
+        for rank in (0, 1)
+    ]
+    for child in children:
+        _, errors = child.communicate(timeout=240)
+        assert child.returncode == 0, errors.decode()
+    store = fs.open_store(out)
+    assert [ledger.rank for ledger in store.ledgers] == [0, 1]
+    whole = fs.wrap(models.build(SETTING)).collect(
+        {"a": models.rows(24)}, tmp_path / "whole.fs", batch_size=2, quiet=True
+    )
+    assert_equal_by_key(whole, store, "a")
 
 
 def test_a_directory_with_something_else_is_left_alone(tmp_path: Path) -> None:

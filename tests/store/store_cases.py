@@ -164,7 +164,7 @@ class Run:
         return {"groups/theta_square": np.arange(len(self.header.groups), dtype=np.float64)}
 
     def write(self, path, **options):
-        """The whole run, or what is missing of it: constants, segments, a snapshot after each, complete."""
+        """The whole run, or what is missing of it: constants, segments, a snapshot after each."""
         with StoreWriter.open(path, self.header, **options) as writer:
             self.finish(writer)
 
@@ -180,7 +180,7 @@ class Run:
                 covered.append(number)
                 count = sum(len(self.batches[b]) for b in covered)
                 writer.snapshot(self.task, covered, count, self.arrays(covered))
-        writer.complete(self.task)
+        writer.flush()
 
 
 def assert_holds(store, run):

@@ -1,12 +1,14 @@
 """The journal: whatever happens to its bytes, a prefix of the truth is read or an error raised."""
 
+import json
+import zlib
 from pathlib import Path
 
 import pytest
 
 from fisherscope.errors import CorruptStoreError, StoreError
 from fisherscope.store import StoreWriter, open_store
-from fisherscope.store.journal import decode_line, encode_line, scan
+from fisherscope.store.journal import Line, decode_line, encode_line, scan
 from tests.store.store_cases import assert_holds
 
 PATH = Path("r0000.journal")
@@ -21,38 +23,43 @@ def content(small, tmp_path_factory):
 
 
 def test_a_line_is_what_the_documentation_says(content):
-    """crc32 in 8 hex digits, a blank, canonical JSON; sequence numbers count from 0."""
+    """crc32 in 8 hex digits, a blank, canonical JSON, a tab and the datasets; lines count from 0."""
     for number, line in enumerate(content.splitlines()):
-        record = decode_line(line)
+        crc, _, body = line.partition(b" ")
+        assert crc == f"{zlib.crc32(body):08x}".encode()
+        head, _, table = body.partition(b"\t")
+        record = json.loads(head)
+        assert decode_line(line) == Line(record, table)
+        assert encode_line(Line(record, table)) == line + b"\n"
         assert record["seq"] == number
-        assert encode_line(record) == line + b"\n"
-    kinds = [decode_line(line)["kind"] for line in content.splitlines()]
-    assert kinds[:3] == ["journal", "constants", "task"]
-    assert kinds[3:] == ["segment", "snapshot", "segment", "snapshot", "complete"]
+        assert head == json.dumps(record, sort_keys=True, separators=(",", ":")).encode()
+        assert bool(table) == ("shard" in record)
+    kinds = [decode_line(line).record["kind"] for line in content.splitlines()]
+    assert kinds == ["journal", "constants", "task", "segment", "snapshot", "segment", "snapshot"]
 
 
 def test_truncated_at_every_byte_a_journal_reads_as_a_prefix(content):
     """A torn end is left out; no line is lost that was whole, none is invented."""
-    whole = scan(content, PATH).records
+    whole = scan(content, PATH).lines
     for length in range(len(content) + 1):
         found = scan(content[:length], PATH)
-        lines = content[:length].count(b"\n")
-        assert found.records == whole[:lines]
-        assert found.good == len(b"".join(content.splitlines(True)[:lines]))
+        count = content[:length].count(b"\n")
+        assert found.lines == whole[:count]
+        assert found.good == len(b"".join(content.splitlines(True)[:count]))
 
 
 @pytest.mark.parametrize("flip", [0x01, 0x20, 0x80, 0xFF])
 def test_flipped_at_every_byte_a_journal_reads_as_a_prefix_or_not_at_all(content, flip):
     """Damage reads as a torn end in the last line, elsewhere as an error, never as another record."""
     # the lines of segments and snapshots are long and alike: every byte of the short ones, a part of these
-    whole = scan(content, PATH).records
+    whole = scan(content, PATH).lines
     last = content.rstrip(b"\n").rfind(b"\n")
     positions = [p for p in range(len(content)) if p % 7 == flip % 7 or p < 1200 or p > last - 200]
     for position in positions:
         damaged = bytearray(content)
         damaged[position] ^= flip
         try:
-            found = scan(bytes(damaged), PATH).records
+            found = scan(bytes(damaged), PATH).lines
         except CorruptStoreError:
             assert position <= last
         else:
@@ -70,7 +77,7 @@ def test_a_reader_of_a_torn_journal_sees_what_was_committed(small, root):
     small.write(root)
     path = root / "journal" / "r0000.journal"
     lines = path.read_bytes().splitlines(True)
-    torn = b"".join(lines[:7]) + lines[7][:40]
+    torn = b"".join(lines[:6]) + lines[6][:40]
     path.write_bytes(torn)
     store = open_store(root)
     assert store.samples(small.task)["row"].tolist() == [0, 1, 2, 3]
@@ -78,7 +85,7 @@ def test_a_reader_of_a_torn_journal_sees_what_was_committed(small, root):
     assert path.read_bytes() == torn
     small.write(root)
     assert_holds(open_store(root), small)
-    assert path.read_bytes() == b"".join(lines)
+    assert path.read_bytes().startswith(b"".join(lines[:6]))
 
 
 def test_damage_before_intact_lines_is_refused_by_reader_and_writer(small, root):
@@ -89,7 +96,7 @@ def test_damage_before_intact_lines_is_refused_by_reader_and_writer(small, root)
     damaged[damaged.index(b"segment")] ^= 1
     path.write_bytes(damaged)
     before = sorted((root / "shards").iterdir())
-    with pytest.raises(CorruptStoreError, match="line 4 is damaged and 4 intact lines follow"):
+    with pytest.raises(CorruptStoreError, match="line 4 is damaged and 3 intact lines follow"):
         open_store(root)
     with pytest.raises(CorruptStoreError, match=r"r0000\.journal"):
         StoreWriter.open(root, small.header)

@@ -28,6 +28,8 @@ def write(root, ranks):
     writers = [StoreWriter.open(root, run.header, rank=rank) for rank in range(len(ranks))]
     for writer, (batches, count, arrays) in zip(writers, ranks, strict=True):
         writer.declare_task(run.task, run.keys)
+        for batch in batches:
+            run.write_segment(writer, run.batches[batch])
         writer.snapshot(run.task, batches, count, arrays)
         writer.close()
     return run
