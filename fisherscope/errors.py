@@ -59,6 +59,10 @@ class NotStoredError(StoreError):
     """The quantity was not collected."""
 
 
+class MemoryBudgetError(StoreError, MemoryError):
+    """What was asked for would not fit the memory that a reader may take."""
+
+
 class Interrupted(FisherscopeError):  # noqa: N818 - an event, not a fault
     """A collection was stopped by a signal after sealing what was done.
 

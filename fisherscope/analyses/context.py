@@ -72,6 +72,19 @@ class Context:
         return outcome
 
 
+def encoding_warnings(store: ContributionStore, context: Context) -> list[str]:
+    """A note where stored gradients are approximations: how good they are, in all samples and parameters."""
+    if "lowrank" not in store.header.gradient_encodings.values():
+        return []
+    found = [store.encoding_errors(task).to_numpy().ravel() for task in context.tasks]
+    errors = np.concatenate(found) if found else np.empty(0)
+    errors = errors[~np.isnan(errors)]
+    if not len(errors):
+        return []
+    median, worst = float(np.median(errors)), float(errors.max())
+    return [f"stored gradients are low rank: relative error median {median:.2g}, worst {worst:.2g}"]
+
+
 def task_warnings(store: ContributionStore, context: Context) -> list[str]:
     """Notes on tasks whose numbers need care: no sample, a single one, or samples still missing."""
     notes = [f"task {task!r} has no samples in the store and is left out" for task in context.empty]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, is_dataclass
 from typing import Any, TypeVar
 
 from fisherscope.analyses.config import PARTS, AnalyzeConfig, build
-from fisherscope.analyses.context import Context, task_warnings
+from fisherscope.analyses.context import Context, encoding_warnings, task_warnings
 from fisherscope.analyses.outcome import Failed, Outcome, SkipAnalysis, Skipped
 from fisherscope.analyses.quantities import QUANTITIES, missing
 from fisherscope.analyses.result import Result
@@ -188,6 +188,8 @@ class _Runner:
                 return Skipped(analysis.name, reason)
             options = analysis.options(self.context.settings)
             result = analysis.function(self.store, options, self.context)
+            if "gradients" in analysis.requires:
+                result.warnings[:0] = encoding_warnings(self.store, self.context)
             result.warnings[:0] = task_warnings(self.store, self.context)
         except Interrupted:
             raise

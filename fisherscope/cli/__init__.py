@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fisherscope.cli import adapters, analyze, collect, demo, estimate, inspect
+from fisherscope.cli import adapters, analyze, collect, demo, estimate, finalize, inspect, verify
 
 __all__ = ["app", "main"]
 
@@ -23,6 +23,8 @@ app.command()(estimate.estimate)
 app.command()(collect.collect)
 app.command()(analyze.analyze)
 app.command()(inspect.inspect)
+app.command()(verify.verify)
+app.command()(finalize.finalize)
 app.add_typer(adapters.app, name="adapters")
 
 

@@ -28,6 +28,9 @@ def collect(
     gradients: opt.Gradients = True,
     gradient_parameters: opt.GradientParameters = ["attention"],  # noqa: B006 - typer copies it
     gradient_dtype: opt.StoredDtype = opt.GradientDtype.BFLOAT16,
+    encoding: opt.StoredEncoding = opt.GradientEncoding.AUTO,
+    gradient_rank: opt.GradientRank = 8,
+    gradient_samples: opt.GradientSamples = None,
     fisher: opt.Fisher = opt.FisherShape.FULL,
     labels: opt.Labels = [opt.LabelSource.DATA],  # noqa: B006 - typer copies it
     draws: opt.Draws = 1,
@@ -37,6 +40,8 @@ def collect(
     memory_budget: opt.MemoryBudget = None,
     compute_dtype: opt.Compute = opt.ComputeDtype.FLOAT32,
     durability: opt.Durable = opt.Durability.POWER,
+    rank: opt.Rank = 0,
+    world_size: opt.WorldSize = 1,
     deterministic: opt.Deterministic = False,
     seed: opt.Seed = 0,
     resume: opt.Resume = True,
@@ -67,6 +72,9 @@ def collect(
         gradients=gradients,
         gradient_parameters=gradient_parameters,
         gradient_dtype=gradient_dtype,
+        encoding=encoding,
+        gradient_rank=gradient_rank,
+        gradient_samples=gradient_samples,
         also=also,
     )
     scope, rows = open_scope(
@@ -93,6 +101,8 @@ def collect(
         compute_dtype=compute_dtype.value,
         store_text=store_text,
         durability=durability.value,
+        rank=rank,
+        world_size=world_size,
         deterministic=deterministic,
         seed=seed,
         resume=resume,

@@ -30,6 +30,9 @@ def estimate(
     gradients: opt.Gradients = True,
     gradient_parameters: opt.GradientParameters = ["attention"],  # noqa: B006 - typer copies it
     gradient_dtype: opt.StoredDtype = opt.GradientDtype.BFLOAT16,
+    encoding: opt.StoredEncoding = opt.GradientEncoding.AUTO,
+    gradient_rank: opt.GradientRank = 8,
+    gradient_samples: opt.GradientSamples = None,
     fisher: opt.Fisher = opt.FisherShape.FULL,
     labels: opt.Labels = [opt.LabelSource.DATA],  # noqa: B006 - typer copies it
     draws: opt.Draws = 1,
@@ -63,6 +66,9 @@ def estimate(
         gradients=gradients,
         gradient_parameters=gradient_parameters,
         gradient_dtype=gradient_dtype,
+        encoding=encoding,
+        gradient_rank=gradient_rank,
+        gradient_samples=gradient_samples,
         also=also,
     )
     scope, rows = open_scope(

@@ -43,6 +43,17 @@ class GradientDtype(StrEnum):
 
     BFLOAT16 = "bfloat16"
     FLOAT32 = "float32"
+    FLOAT16 = "float16"
+
+
+class GradientEncoding(StrEnum):
+    """Forms in which gradients are stored."""
+
+    AUTO = "auto"
+    DENSE = "dense"
+    FACTORED = "factored"
+    LOWRANK = "lowrank"
+    GROUPS = "groups"
 
 
 class ComputeDtype(StrEnum):
@@ -161,9 +172,25 @@ StoredDtype = Annotated[
         "--gradient-dtype",
         "--dtype",
         metavar="TYPE",
-        help="As stored: bfloat16, float32.",
+        help="As stored: bfloat16, float32, float16 (with a scale per row).",
         rich_help_panel=_WHAT,
     ),
+]
+StoredEncoding = Annotated[
+    GradientEncoding,
+    typer.Option(
+        "--encoding",
+        metavar="FORM",
+        help="dense; factored (by position, exact); lowrank; groups (none); auto: dense or factored.",
+        rich_help_panel=_WHAT,
+    ),
+]
+GradientRank = Annotated[
+    int, typer.Option(metavar="R", min=1, help="Of --encoding lowrank.", rich_help_panel=_WHAT)
+]
+GradientSamples = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=1, help="Of the first N samples of each task.", rich_help_panel=_WHAT),
 ]
 Fisher = Annotated[
     FisherShape,
@@ -227,6 +254,14 @@ Durable = Annotated[
 ]
 Deterministic = Annotated[
     bool, typer.Option("--deterministic", help="Deterministic algorithms only.", rich_help_panel=_RUN)
+]
+Rank = Annotated[
+    int,
+    typer.Option(metavar="K", min=0, help="Which of --world-size processes.", rich_help_panel=_RUN),
+]
+WorldSize = Annotated[
+    int,
+    typer.Option(metavar="N", min=1, help="Processes that fill one store.", rich_help_panel=_RUN),
 ]
 Seed = Annotated[int, typer.Option(metavar="N", help="Of sampled labels and masks.", rich_help_panel=_RUN)]
 Force = Annotated[

@@ -66,6 +66,9 @@ def make_extensions(
     gradients: bool,
     gradient_parameters: Sequence[str],
     gradient_dtype: opt.GradientDtype,
+    encoding: opt.GradientEncoding,
+    gradient_rank: int,
+    gradient_samples: int | None,
     also: Sequence[opt.Quantity],
 ) -> list[Any]:
     """The extensions, as `Scope.collect` takes them."""
@@ -77,5 +80,12 @@ def make_extensions(
         Fisher(shape=fisher.value, labels=sources, draws=draws, normalization=normalization.value)
     ]
     if gradients:
-        extensions.append(SampleGradients(parameters=stored, dtype=gradient_dtype.value))
+        kept = SampleGradients(
+            parameters=stored,
+            encoding=encoding.value,
+            dtype=gradient_dtype.value,
+            rank=gradient_rank,
+            max_samples=gradient_samples,
+        )
+        extensions.append(kept)
     return [*extensions, *(quantity.value for quantity in also)]

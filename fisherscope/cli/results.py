@@ -65,9 +65,10 @@ def show_description(facts: dict[str, Any]) -> None:
             ("attention", f"{layout['attention_layers']} layers, {heads}"),
             ("instrumented", f"{len(facts['parameters'])} parameters, {facts['groups']} groups"),
             ("F", f"{facts['fisher_shape']}, normalization {facts['normalization']}"),
-            (
-                "gradients",
-                f"{facts['gradient_dtype']}, of {len(gradients)} parameters" if gradients else "none",
+            ("gradients", f"of {len(gradients)} parameters: {_encodings(facts)}" if gradients else "none"),
+            *(
+                (f"error in {task}", f"median {error['median']:.2g}, worst {error['worst']:.2g} (low rank)")
+                for task, error in facts["encoding_errors"].items()
             ),
         ],
     )
@@ -77,6 +78,13 @@ def show_description(facts: dict[str, Any]) -> None:
         [(kind, number) for kind, number in facts["bytes"].items() if number],
     )
     table("made by", ["what", "value"], [(key, str(value)) for key, value in facts["provenance"].items()])
+
+
+def _encodings(facts: dict[str, Any]) -> str:
+    """Such as "4 factored (float32), 4 dense (bfloat16)"."""
+    dtypes = {"dense": facts["gradient_dtype"]}
+    kinds = facts["encodings"].items()
+    return ", ".join(f"{number} {kind} ({dtypes.get(kind, facts['factor_dtype'])})" for kind, number in kinds)
 
 
 def _list(values: list[int]) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fisherscope.adapters.modules import is_linear_map, output_axis
 from fisherscope.instrument.batch import IGNORE, Batch
@@ -67,9 +68,21 @@ class LinearMaps:
         self._layout = layout
         self._labelling = labelling
         self._axes: dict[str, int] = {}
+        self._modules: dict[str, nn.Module] = {}
         for site in targets.sites:
             if "weight" in site.parameters and is_linear_map(site.module):
                 self._axes[site.parameters["weight"]] = output_axis(site.module)
+                self._modules[site.parameters["weight"]] = site.module
+
+    @property
+    def output_axes(self) -> Mapping[str, int]:
+        """The axis over output features of each parameter that is the weight of a linear map."""
+        return self._axes
+
+    @property
+    def modules(self) -> Mapping[str, nn.Module]:
+        """The linear map of each such parameter."""
+        return self._modules
 
     def split(self, parameter: str, gradient: PerSampleGradient, batch: Batch) -> ByPosition | NotByPosition:
         """The factors of a gradient with their positions, or why there are none."""

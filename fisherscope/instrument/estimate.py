@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fisherscope.instrument.data import Sample
-from fisherscope.instrument.extensions import ExactPerToken, Fisher, Kronecker, Positions
+from fisherscope.instrument.extensions import ExactPerToken, Fisher, Kronecker, Positions, SampleGradients
 from fisherscope.instrument.options import CollectOptions
 from fisherscope.layout import ModelLayout
-from fisherscope.store.size import bytes_per_sample, snapshot_bytes
+from fisherscope.store.encodings import Encodings
+from fisherscope.store.position_plan import side_of
+from fisherscope.store.size import Lengths, bytes_per_sample, gradient_bytes, snapshot_bytes
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class Estimate:
         memory_bytes: the most that the run takes beside the model: accumulators, and the largest batch. 0
             where the user sets the size of batches and nothing was measured.
         seconds: how long the run takes, measured on some of its batches; None where nothing was.
+        cheaper: other encodings of gradients and the bytes on the disk with them, as far as they take fewer;
+            where it was not looked at which inputs are shared, factors may take still less.
     """
 
     samples: int
@@ -37,6 +41,7 @@ class Estimate:
     accumulator_bytes: int
     memory_bytes: int = 0
     seconds: float | None = None
+    cheaper: tuple[tuple[str, int], ...] = ()
 
     def rows(self) -> list[tuple[str, str]]:
         """What there is, in words: quantity and amount."""
@@ -52,6 +57,7 @@ class Estimate:
             found.append(("memory beside the model", show_bytes(self.memory_bytes)))
         if self.seconds is not None:
             found.append(("time", show_seconds(self.seconds)))
+        found.extend((f"disk with {words}", show_bytes(size)) for words, size in self.cheaper)
         return found
 
     def __str__(self) -> str:
@@ -83,8 +89,19 @@ def estimate_bytes(
     parameters: tuple[str, ...],
     options: CollectOptions,
     samples: Mapping[str, Sequence[Sample]],
+    encodings: Encodings | None = None,
+    output_axes: Mapping[str, int] | None = None,
 ) -> Estimate:
-    """Sizes of the store that these samples would make, up to page alignment and journal lines."""
+    """Sizes of the store that these samples would make, up to page alignment and journal lines.
+
+    Args:
+        layout: of the model.
+        parameters: the instrumented ones.
+        options: of the collection.
+        samples: by task.
+        encodings: of the gradients; all dense by default.
+        output_axes: of the weights of linear maps, whose gradients might be had in fewer bytes.
+    """
     every = [sample for rows in samples.values() for sample in rows]
     count = max(len(every), 1)
     gradients, fisher = options.sample_gradients, options.fisher
@@ -98,6 +115,8 @@ def estimate_bytes(
         mean_labels=sum(len(sample.labels) for sample in every) / count,
         mean_text_bytes=sum(len((s.text or "").encode()) for s in every) / count * options.store_text,
         position_parameters=positions.chosen(layout, parameters) if positions else (),
+        encodings=encodings,
+        gradient_share=_gradient_share(gradients, samples),
     )
     full = {
         source
@@ -114,11 +133,70 @@ def estimate_bytes(
         kronecker=kronecker.chosen(layout, parameters) if kronecker else (),
     )
     aggregates = math.ceil(snapshot["total"])
+    disk = math.ceil(len(every) * sizes["total"]) + aggregates * (len(samples) + 1)
+    saved = _savings(
+        layout,
+        parameters,
+        options,
+        samples,
+        sizes["gradients"],
+        encodings or Encodings(),
+        output_axes or {},
+    )
     return Estimate(
         samples=len(every),
         bytes_per_sample=math.ceil(sizes["total"]),
         gradient_bytes_per_sample=int(sizes["gradients"]),
         aggregate_bytes=aggregates * len(samples),
-        disk_bytes=math.ceil(len(every) * sizes["total"]) + aggregates * (len(samples) + 1),
+        disk_bytes=disk,
         accumulator_bytes=aggregates,
+        cheaper=tuple((words, disk - math.floor(len(every) * less)) for words, less in saved),
     )
+
+
+def mean_lengths(samples: Mapping[str, Sequence[Sample]]) -> Lengths:
+    """Of all samples together."""
+    every = [sample for rows in samples.values() for sample in rows]
+    count = max(len(every), 1)
+    return Lengths(sum(s.length for s in every) / count, sum(len(s.labels) for s in every) / count)
+
+
+def _gradient_share(gradients: SampleGradients | None, samples: Mapping[str, Sequence[Sample]]) -> float:
+    """Of how many of the samples gradients are stored."""
+    if gradients is None or gradients.max_samples is None:
+        return 1.0
+    kept = sum(min(len(rows), gradients.max_samples) for rows in samples.values())
+    return kept / max(sum(map(len, samples.values())), 1)
+
+
+def _savings(
+    layout: ModelLayout,
+    parameters: tuple[str, ...],
+    options: CollectOptions,
+    samples: Mapping[str, Sequence[Sample]],
+    taken: float,
+    known: Encodings,
+    output_axes: Mapping[str, int],
+) -> list[tuple[str, float]]:
+    """Encodings with which gradients take fewer bytes: in words, and how many fewer for each sample."""
+    gradients = options.sample_gradients
+    stored = gradients.chosen(layout, parameters) if gradients else ()
+    if gradients is None or not stored:
+        return []
+    lengths, share = mean_lengths(samples), _gradient_share(gradients, samples)
+    maps = [n for n in stored if n in output_axes and side_of(layout, n) is not None]
+    inputs = {name: known.inputs.get(name, name) for name in maps}
+    transposed = tuple(name for name in maps if output_axes[name] == 1)
+    low = [n for n in maps if gradients.rank * sum(s := layout.parameter(n).shape) < math.prod(s)]
+    found = []
+    for dtype in dict.fromkeys((gradients.dtype, "float16")):
+        by_position = Encodings(dict.fromkeys(maps, "factored"), inputs, transposed, dtype=dtype)
+        low_rank = Encodings(dict.fromkeys(low, "lowrank"), rank=gradients.rank, dtype=dtype)
+        for words, encodings in (
+            ('encoding="factored"', by_position),
+            (f'encoding="lowrank", rank={gradients.rank}', low_rank),
+        ):
+            size = share * gradient_bytes(layout, stored, dtype, encodings, lengths)
+            if size < 0.99 * taken:
+                found.append((f'{words}, dtype="{dtype}"', taken - size))
+    return [*sorted(found, key=lambda way: way[1]), ('encoding="groups"', taken)]

@@ -62,9 +62,11 @@ def refuse_if_disk_is_small(estimate: Estimate, path: Path) -> None:
     there = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else 0
     needed, free = estimate.disk_bytes - there, shutil.disk_usage(parent).free
     if needed > free:
+        ways = [f"SampleGradients({words}): {size - there:,}" for words, size in estimate.cheaper]
         raise StoreFullError(
-            f"{path} would take {needed:,} bytes more and {free:,} are free. Cheaper: leave out "
-            '"sample_gradients" (group values stay), store fewer with SampleGradients(parameters=[...]), '
+            f"{path} would take {needed:,} bytes more and {free:,} are free. Cheaper: "
+            + "".join(f"{way}; " for way in ways)
+            + "store fewer gradients with SampleGradients(parameters=[...], max_samples=...), "
             'use Fisher(shape="groups"), or max_samples'
         )
 

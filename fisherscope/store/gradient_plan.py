@@ -1,12 +1,21 @@
-"""Where the gradients of each parameter lie in a segment: head-major blocks, or the parameter whole."""
+"""Where the gradients of each parameter lie in a segment: in head-major blocks, whole, or as factors."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from fisherscope.layout import HeadBlock, ModelLayout, Partition
+from fisherscope.store.encodings import Encodings
+from fisherscope.store.factor_plan import (
+    FactoredPlace,
+    LowRankPlace,
+    RowsDataset,
+    factored_places,
+    low_rank_places,
+)
 from fisherscope.store.names import escape_path
 
 
@@ -69,24 +78,37 @@ class WholeDataset:
         """Shape for ``n`` samples."""
         return (n, *self.parameter_shape)
 
+    @property
+    def row_axes(self) -> int:
+        """How many of the last axes make a row: what has one scale in float16."""
+        return max(1, len(self.parameter_shape) - 1)
+
+
+Place: TypeAlias = tuple[tuple[BlockDataset, Piece], ...] | WholeDataset | FactoredPlace | LowRankPlace
+
 
 @dataclass(frozen=True)
 class GradientPlan:
     """The gradient datasets of a segment.
 
     Attributes:
-        datasets: in file order.
-        places: for each stored parameter the datasets that hold it and, where it is cut into heads, the
-            piece in each.
+        datasets: of dense gradients, in file order.
+        factors: of factored ones and of those of low rank, in file order; a shared input comes once.
+        places: for each stored parameter where it lies: for dense gradients the datasets that hold it and,
+            where it is cut into heads, the piece in each.
     """
 
     datasets: tuple[BlockDataset | WholeDataset, ...]
-    places: dict[str, tuple[tuple[BlockDataset, Piece], ...] | WholeDataset]
+    factors: tuple[RowsDataset, ...]
+    places: dict[str, Place]
 
     @classmethod
-    def build(cls, layout: ModelLayout, parameters: Iterable[str]) -> GradientPlan:
-        """Plan the datasets for the gradients of ``parameters``."""
-        chosen = set(parameters)
+    def build(
+        cls, layout: ModelLayout, parameters: Iterable[str], encodings: Encodings | None = None
+    ) -> GradientPlan:
+        """Plan the datasets for the gradients of ``parameters``; by default all of them are dense."""
+        encodings = encodings or Encodings()
+        chosen = {name for name in parameters if encodings.encoding(name) == "dense"}
         in_blocks = {name for name in chosen if _covered(layout, name)}
         blocks: list[BlockDataset] = []
         for attention, block in layout.head_blocks():
@@ -98,12 +120,30 @@ class GradientPlan:
             for info in layout.parameters
             if info.name in chosen - in_blocks
         ]
-        places: dict[str, tuple[tuple[BlockDataset, Piece], ...] | WholeDataset] = {
+        places: dict[str, Place] = {
             name: tuple((b, piece) for b in blocks for piece in b.pieces if piece.partition.parameter == name)
             for name in in_blocks
         }
         places.update({dataset.parameter: dataset for dataset in whole})
-        return cls((*blocks, *whole), places)
+        factored, low_rank = factored_places(layout, encodings), low_rank_places(layout, encodings)
+        for place in factored:
+            places[place.parameter] = place
+        for low in low_rank:
+            places[low.parameter] = low
+        # neighbours in the file are read together: the input, then what goes with it
+        rows = [rows for place in factored for rows in (place.input, place.output)]
+        rows += [rows for low in low_rank for rows in (low.left, low.right)]
+        return cls((*blocks, *whole), tuple(dict.fromkeys(rows)), places)
+
+    @property
+    def errors(self) -> dict[str, str]:
+        """The dataset of relative errors of each parameter of low rank."""
+        return {name: place.error for name, place in self.places.items() if isinstance(place, LowRankPlace)}
+
+    @property
+    def families(self) -> set[str]:
+        """The ragged families along which something lies."""
+        return {rows.family for rows in self.factors if rows.family is not None}
 
 
 def _pieces(block: HeadBlock, stored: set[str]) -> tuple[Piece, ...]:

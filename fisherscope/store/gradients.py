@@ -1,7 +1,8 @@
-"""Reading per-sample gradients back into the shape of their parameter or of a head."""
+"""Reading per-sample gradients, whatever their encoding, into the shape of a parameter or of a head."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,12 +10,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fisherscope.errors import NotStoredError
 from fisherscope.layout import Partition
+from fisherscope.linalg.rounding import from_half
 from fisherscope.store.dtypes import to_tensor
+from fisherscope.store.factor_plan import FactoredPlace, LowRankPlace, scale_name
+from fisherscope.store.factors import add_products, add_slices, terms_of
 from fisherscope.store.gradient_plan import BlockDataset, Piece, WholeDataset
 from fisherscope.store.index import Chunk, TaskIndex
 from fisherscope.store.mapped import as_slice
+from fisherscope.store.memory import PIECE_BYTES
+from fisherscope.store.presence import require
 
 if TYPE_CHECKING:
     from fisherscope.store.reader import ContributionStore
@@ -25,15 +30,17 @@ def read_parameter(
 ) -> Tensor:
     """Gradients of some samples for a whole parameter, ``[n, *shape]``."""
     place = store.gradient_plan.places[parameter]
-    out = torch.empty((len(chosen), *store.layout.parameter(parameter).shape))
+    make = torch.zeros if isinstance(place, FactoredPlace | LowRankPlace) else torch.empty
+    out = make((len(chosen), *store.layout.parameter(parameter).shape))
     for chunk in index.chunks(chosen):
+        require(store, chunk, place)
         if isinstance(place, WholeDataset):
-            _put(out, chunk, _whole(store, place, chunk), 0)
-            continue
-        values = torch.empty((len(chunk.targets), *out.shape[1:]))
-        for dataset, piece in place:
-            piece.partition.scatter(_heads(store, dataset, piece, chunk, slice(None)), values)
-        _put(out, chunk, values, 0)
+            _read_whole(store, place, chunk, out)
+        elif isinstance(place, FactoredPlace | LowRankPlace):
+            add_products(out, terms_of(store, chunk, place), chunk)
+        else:
+            for dataset, piece in place:
+                _read_blocks(store, dataset, piece, chunk, out)
     return out
 
 
@@ -46,51 +53,95 @@ def read_heads(
 ) -> Tensor:
     """Gradients of some samples for some heads of a partition, ``[heads, n, slice size]``."""
     place = store.gradient_plan.places[partition.parameter]
-    count = len(range(*heads.indices(len(partition))))
-    out = torch.empty((count, len(chosen), partition.slice_size))
+    starts = partition.starts[heads]
+    make = torch.zeros if isinstance(place, FactoredPlace | LowRankPlace) else torch.empty
+    out = make((len(starts), len(chosen), partition.slice_size))
     for chunk in index.chunks(chosen):
+        require(store, chunk, place)
         if isinstance(place, WholeDataset):
-            values = partition.gather(_whole(store, place, chunk))[heads]
+            for few in _pieces(chunk, 10 * place.columns):
+                values = _whole(store, place, few, slice(0, place.parameter_shape[0]))
+                _put(out, few, partition.gather(values)[heads])
+        elif isinstance(place, FactoredPlace | LowRankPlace):
+            add_slices(out, terms_of(store, chunk, place), chunk, partition, starts)
         else:
             dataset, piece = next(found for found in place if found[1].partition == partition)
-            values = _heads(store, dataset, piece, chunk, heads)
-        _put(out, chunk, values, 1)
+            for few in _pieces(chunk, 6 * dataset.columns):
+                for number, head in enumerate(range(*heads.indices(dataset.heads))):
+                    values = _heads(store, dataset, piece, few, slice(head, head + 1))
+                    _put(out[number : number + 1], few, values)
     return out
 
 
-def _put(out: Tensor, chunk: Chunk, values: Tensor, dim: int) -> None:
-    """Copy the samples of a chunk to their places along ``dim``, as float32."""
+def _pieces(chunk: Chunk, sample_bytes: int) -> Iterator[Chunk]:
+    """The samples of a chunk, so many at a time as fit a piece of memory."""
+    step = max(1, PIECE_BYTES // max(sample_bytes, 1))
+    for start in range(0, len(chunk.targets), step):
+        some = slice(start, start + step)
+        yield Chunk(chunk.segment, chunk.positions[some], chunk.targets[some])
+
+
+def _put(out: Tensor, chunk: Chunk, values: Tensor) -> None:
+    """Copy ``[heads, samples, ...]`` of a chunk to their places in ``out``, as float32."""
     places = as_slice(chunk.targets)
     if isinstance(places, slice):
-        out.narrow(dim, places.start, places.stop - places.start).copy_(values)
+        out[:, places] = values.float()
     else:
-        out.index_copy_(dim, torch.from_numpy(places), values.float())
+        out.index_copy_(1, torch.from_numpy(places), values.float())
+
+
+def _read_blocks(
+    store: ContributionStore, dataset: BlockDataset, piece: Piece, chunk: Chunk, out: Tensor
+) -> None:
+    """Bring the heads of one block to their places in ``out [n, *shape]``, one head at a time."""
+    shape = piece.partition.slice_shape
+    for few in _pieces(chunk, 6 * dataset.columns):
+        for head, where in enumerate(piece.partition):
+            values = _heads(store, dataset, piece, few, slice(head, head + 1))[0]
+            values = values.float().view(-1, *shape)
+            places = as_slice(few.targets)
+            where.take(out)[places if isinstance(places, slice) else torch.from_numpy(places)] = values
 
 
 def _heads(
     store: ContributionStore, dataset: BlockDataset, piece: Piece, chunk: Chunk, heads: slice
 ) -> Tensor:
+    """Some heads of some samples, ``[heads, samples, columns]`` of the stored type, or float32."""
     dtype, n = store.header.gradient_dtype, len(chunk.segment.rows)
     shard = store.shard(chunk.segment.shard)
-    _require(store, chunk, dataset.name)
-    shape = (dataset.heads, n, dataset.columns)
-    raw = shard.head_rows(dataset.name, shape, dtype, chunk.positions, heads, slice(piece.start, piece.stop))
-    return to_tensor(raw, dtype)
+    shape, columns = (dataset.heads, n, dataset.columns), slice(piece.start, piece.stop)
+    raw = shard.head_rows(dataset.name, shape, dtype, chunk.positions, heads, columns)
+    values = to_tensor(raw, dtype)
+    if dtype != "float16":
+        return values
+    name, one = scale_name(dataset.name), (dataset.heads, n, 1)
+    scales = shard.head_rows(name, one, "float32", chunk.positions, heads, slice(None))
+    return from_half(values, torch.from_numpy(scales)[..., 0])
 
 
-def _whole(store: ContributionStore, dataset: WholeDataset, chunk: Chunk) -> Tensor:
-    dtype = store.header.gradient_dtype
-    _require(store, chunk, dataset.name)
+def _read_whole(store: ContributionStore, place: WholeDataset, chunk: Chunk, out: Tensor) -> None:
+    """Bring the samples of a chunk to their places in ``out [n, *shape]``."""
+    shape = place.shape(len(chunk.segment.rows))
+    # a large table is read some of its rows at a time
+    height = max(1, PIECE_BYTES * shape[1] // max(6 * place.columns, 1))
+    for few in _pieces(chunk, 6 * place.columns):
+        places = as_slice(few.targets)
+        where = places if isinstance(places, slice) else torch.from_numpy(places)
+        for top in range(0, shape[1], height):
+            rows = slice(top, min(top + height, shape[1]))
+            out[where, rows] = _whole(store, place, few, rows)
+
+
+def _whole(store: ContributionStore, place: WholeDataset, chunk: Chunk, rows: slice) -> Tensor:
+    """Some rows of a parameter for some samples, ``[samples, rows, ...]`` float32."""
+    dtype, shape = store.header.gradient_dtype, place.shape(len(chunk.segment.rows))
     shard = store.shard(chunk.segment.shard)
-    raw = shard.rows(dataset.name, dataset.shape(len(chunk.segment.rows)), dtype, chunk.positions)
-    return to_tensor(raw, dtype)
-
-
-def _require(store: ContributionStore, chunk: Chunk, name: str) -> None:
-    segment = chunk.segment
-    if name not in store.shard(segment.shard):
-        row = segment.rows[int(chunk.positions[0])]
-        raise NotStoredError(
-            f"the gradients of sample {segment.task}_{row} were not stored: collect again with "
-            "SampleGradients(max_samples=None), or ask for fewer samples"
-        )
+    values = to_tensor(shard.row_parts(place.name, shape, dtype, chunk.positions, rows), dtype)
+    if dtype != "float16":
+        return values.float()
+    name, scaled = scale_name(place.name), shape[: -place.row_axes]
+    if len(scaled) == 1:
+        return from_half(values, torch.from_numpy(shard.rows(name, scaled, "float32", chunk.positions)))
+    return from_half(
+        values, torch.from_numpy(shard.row_parts(name, scaled, "float32", chunk.positions, rows))
+    )

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fisherscope.layout import ModelLayout
+from fisherscope.store.keys import KEYS_DIRECTORY
 from fisherscope.store.ledger import Ledger
 from fisherscope.store.reader import ContributionStore, open_store
-from fisherscope.store.records import ShardRecord
 from fisherscope.store.schema import FORMAT, FORMAT_VERSION, HEADER_FILE, JOURNAL_DIRECTORY
+from fisherscope.store.shard_record import ShardRecord
 
 _KINDS = {
     "sample": "samples",
@@ -23,16 +27,20 @@ _KINDS = {
     "groups": "groups",
     "gradients": "gradients",
     "parameters": "gradients",
+    "factors": "gradients",
+    "lowrank": "gradients",
+    "scales": "gradients",
 }
 
 
 def describe(store: ContributionStore | str | Path) -> dict[str, Any]:
-    """What a store holds and how it was made; no shard is read.
+    """What a store holds and how it was made; no shard is read, but for the errors of low-rank gradients.
 
     Returns:
         JSON-ready: path, format, model type, tasks (samples, committed, complete, samples in the
-        aggregates), shards and bytes per kind, element types, a summary of the layout, options,
-        fingerprint and provenance.
+        aggregates), shards and bytes per kind, encodings of gradients with the reason and, where some are
+        low-rank, the median and the worst relative error per task, element types, a summary of the layout,
+        options, fingerprint and provenance.
 
     Raises:
         StoreFormatError: the directory is not a store.
@@ -57,8 +65,11 @@ def describe(store: ContributionStore | str | Path) -> dict[str, Any]:
         "ranks": [ledger.rank for ledger in opened.ledgers],
         "shards": sum(1 for ledger in opened.ledgers for _ in ledger.shards()),
         "bytes": _bytes(opened),
-        "encodings": {"gradients": "dense"} if header.gradient_parameters else {"gradients": "none"},
+        "encodings": dict(Counter(map(opened.encoding, header.gradient_parameters))),
+        "encoding_reason": header.options.get("gradient_encodings"),
+        "encoding_errors": _errors(opened),
         "gradient_dtype": header.gradient_dtype,
+        "factor_dtype": header.encodings.dtype if header.encodings.of else None,
         "normalization": header.normalization,
         "fisher_shape": header.fisher_shape,
         "parameters": list(header.parameters),
@@ -71,6 +82,16 @@ def describe(store: ContributionStore | str | Path) -> dict[str, Any]:
     }
 
 
+def _errors(store: ContributionStore) -> dict[str, dict[str, float]]:
+    """Relative errors of low-rank gradients, over the samples and parameters of each task."""
+    found = {}
+    for task in store.tasks if store.header.encodings.named("lowrank") else ():
+        errors = store.encoding_errors(task).to_numpy(float)
+        if not np.isnan(errors).all():
+            found[task] = {"median": float(np.nanmedian(errors)), "worst": float(np.nanmax(errors))}
+    return found
+
+
 def _bytes(store: ContributionStore) -> dict[str, int]:
     """Bytes per kind of data; ``overhead`` is file metadata and padding to pages."""
     found = dict.fromkeys((*_KINDS.values(), "aggregates", "constants", "overhead", "journals"), 0)
@@ -80,14 +101,15 @@ def _bytes(store: ContributionStore) -> dict[str, int]:
                 which = kind or _KINDS.get(dataset.name.split("/")[0], "samples")
                 found[which] += dataset.spec.nbytes
             found["overhead"] += shard.nbytes - sum(d.spec.nbytes for d in shard.datasets)
-    for path in (store.path / HEADER_FILE, *(store.path / JOURNAL_DIRECTORY).glob("r*.journal")):
-        found["journals"] += path.stat().st_size
+    journals = (store.path / JOURNAL_DIRECTORY).glob("r*.journal")
+    for path in (store.path / HEADER_FILE, *journals, *(store.path / KEYS_DIRECTORY).glob("*")):
+        found["journals"] += path.lstat().st_size
     return {**found, "total": sum(found.values())}
 
 
 def _shards(ledger: Ledger) -> Iterator[tuple[str, ShardRecord]]:
     for segments in ledger.segments.values():
-        yield from (("", segment.shard) for segment in segments)
+        yield from (("", segment.shard) for segment in segments.values())
     yield from (("aggregates", snapshot.shard) for snapshot in ledger.snapshots.values())
     if ledger.constants is not None:
         yield "constants", ledger.constants.shard

@@ -45,7 +45,10 @@ def gradients_stored(header: StoreHeader, parameter: str) -> str:
     """
     if known(header, parameter) not in header.gradient_parameters:
         raise NotStoredError(
-            f"the store holds no per-sample gradients of {parameter!r}: collect again with "
-            f"extensions=(..., SampleGradients(parameters=[..., {parameter!r}]))"
+            f"the store holds no per-sample gradients of {parameter!r}"
+            + (", only their group values" if parameter in header.parameters else "")
+            + ": collect again with extensions=(..., SampleGradients(parameters=[..., "
+            f"{parameter!r}])) and another encoding than 'groups', or compute those of some samples again "
+            "with scope.gradients(store, ids)"
         )
     return parameter

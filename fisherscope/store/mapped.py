@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,11 +15,12 @@ from torch import Tensor
 
 from fisherscope.errors import CorruptStoreError
 from fisherscope.store import disk
-from fisherscope.store.checksum import crc32_hex
+from fisherscope.store.checksum import BLOCK_BYTES, BlockGrid, crc32_hex
 from fisherscope.store.dtypes import stored_type, to_tensor
-from fisherscope.store.records import DatasetRecord, ShardRecord
 from fisherscope.store.schema import SHARD_DIRECTORY
+from fisherscope.store.shard_record import DatasetRecord, ShardRecord
 
+Ranges: TypeAlias = NDArray[np.int64] | Sequence[tuple[int, int]]
 Checked: TypeAlias = dict[str, NDArray[np.bool_]]  # per dataset, which blocks were checked
 
 
@@ -87,12 +88,13 @@ class MappedShard:
         )
         return flat.reshape(shape)
 
-    def check(self, name: str, ranges: Iterable[tuple[int, int]] | None = None) -> None:
+    def check(self, name: str, ranges: Ranges | None = None) -> None:
         """Check the blocks that hold some bytes of a dataset, each one once.
 
         Args:
             name: of the dataset.
-            ranges: first and last byte (exclusive), from the dataset's start; by default all of it.
+            ranges: first and last byte (exclusive), from the dataset's start, ``[k, 2]``; by default all of
+                it.
 
         Raises:
             CorruptStoreError: a block is damaged; the message names shard, dataset and offset.
@@ -100,12 +102,11 @@ class MappedShard:
         record = self.dataset(name)
         grid = record.grid
         done = self._checked.setdefault(name, np.zeros(len(grid), dtype=bool))
-        for start, stop in [(0, grid.nbytes)] if ranges is None else ranges:
-            blocks = grid.covering(start, stop)
-            for block in blocks if not done[blocks.start : blocks.stop].all() else ():
-                if not done[block]:
-                    self._check_block(record, block)
-                    done[block] = True
+        if not done.all():
+            whole = [(0, grid.nbytes)] if ranges is None else ranges
+            for block in _touched(grid, np.asarray(whole, dtype=np.int64), done):
+                self._check_block(record, block)
+                done[block] = True
 
     def _check_block(self, record: DatasetRecord, block: int) -> None:
         start, stop = record.grid.bounds(block)
@@ -130,6 +131,22 @@ class MappedShard:
         self.check(name, _ranges(rows, row_bytes))
         return np.array(view[as_slice(rows)])
 
+    def row_parts(
+        self, name: str, shape: tuple[int, ...], dtype: str, rows: NDArray[np.int64], inner: slice
+    ) -> NDArray[Any]:
+        """A stretch of the second axis of some rows (first axis) of a dataset, checked and copied.
+
+        Args:
+            name, shape, dtype: of the dataset, as expected.
+            rows: which.
+            inner: indices of the second axis, from the first to the last (exclusive).
+        """
+        view = self.view(name, shape, dtype)
+        step = math.prod(shape[2:]) * view.itemsize
+        starts = rows * shape[1] * step
+        self.check(name, np.stack([starts + inner.start * step, starts + inner.stop * step], 1))
+        return np.array(view[as_slice(rows), inner])
+
     def head_rows(
         self,
         name: str,
@@ -153,12 +170,28 @@ class MappedShard:
         return out
 
 
-def _ranges(rows: NDArray[np.int64], row_bytes: int) -> list[tuple[int, int]]:
-    """The bytes of some rows."""
+def _touched(grid: BlockGrid, ranges: NDArray[np.int64], done: NDArray[np.bool_]) -> list[int]:
+    """The blocks that hold some byte of the ranges and are not done, ascending."""
+    starts, stops = ranges[ranges[:, 1] > ranges[:, 0]].T if len(ranges) else np.empty((2, 0), np.int64)
+    edges = np.zeros(len(grid) + 1, dtype=np.int64)
+    np.add.at(edges, _block_of(grid, starts), 1)
+    np.add.at(edges, _block_of(grid, stops - 1) + 1, -1)
+    found: list[int] = np.flatnonzero((np.cumsum(edges[:-1]) > 0) & ~done).tolist()
+    return found
+
+
+def _block_of(grid: BlockGrid, byte: NDArray[np.int64]) -> NDArray[np.int64]:
+    span, inner = np.divmod(byte, max(grid.span_bytes, 1))
+    blocks: NDArray[np.int64] = span * grid.per_span + inner // BLOCK_BYTES
+    return blocks
+
+
+def _ranges(rows: NDArray[np.int64], row_bytes: int) -> NDArray[np.int64]:
+    """The bytes of some rows, ``[k, 2]``."""
     together = as_slice(rows)
     if isinstance(together, slice):
-        return [(together.start * row_bytes, together.stop * row_bytes)]
-    return [(start, start + row_bytes) for start in (rows * row_bytes).tolist()]
+        return np.array([(together.start * row_bytes, together.stop * row_bytes)])
+    return np.stack([rows, rows + 1], 1) * row_bytes
 
 
 def as_slice(rows: NDArray[np.int64]) -> slice | NDArray[np.int64]:

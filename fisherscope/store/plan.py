@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fisherscope.store.factor_plan import scale_name
 from fisherscope.store.gradient_plan import BlockDataset, GradientPlan
 from fisherscope.store.schema import StoreHeader
 from fisherscope.store.skeleton import DatasetSpec
@@ -52,7 +53,8 @@ class SegmentPlan:
         header: StoreHeader,
         n: int,
         ragged: Mapping[str, Sequence[int]],
-        gradients: GradientPlan | None,
+        *,
+        gradients: bool,
     ) -> SegmentPlan:
         """Plan a segment.
 
@@ -61,20 +63,21 @@ class SegmentPlan:
             n: number of samples.
             ragged: lengths of each sample by family. Where contributions of positions are stored and
                 "positions" is not given, a sample has as many as "ids".
-            gradients: the gradient datasets.
+            gradients: False for samples of which no gradients are stored.
 
         Raises:
             ValueError: ragged lengths are not one per sample, or of an unknown family.
         """
+        plan = header.gradients if gradients and header.gradient_parameters else None
         offsets = {}
-        for family, lengths in _with_positions(header, ragged).items():
+        for family, lengths in _with_positions(header, ragged, plan).items():
             if family not in RAGGED:
                 raise ValueError(f"unknown ragged datasets {family!r}: there are {sorted(RAGGED)}")
             sizes = np.asarray(lengths, dtype=np.int64).reshape(-1)
             if len(sizes) != n or (n and sizes.min() < 0):
                 raise ValueError(f"{family!r} needs {n} lengths >= 0, one per sample, got {len(sizes)}")
             offsets[family] = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
-        return cls(header, n, offsets, gradients if gradients and gradients.datasets else None)
+        return cls(header, n, offsets, plan)
 
     def first(self, rows: int) -> SegmentPlan:
         """The plan for the first ``rows`` samples only."""
@@ -85,7 +88,17 @@ class SegmentPlan:
     def ragged(self) -> dict[str, str]:
         """The family of each ragged dataset."""
         fixed = {name: family for family in self.offsets for name in RAGGED[family]}
-        return fixed | {name: d.family for name, d in self.header.positions.by_name.items()}
+        found = fixed | {name: d.family for name, d in self.header.positions.by_name.items()}
+        for rows in self.gradients.factors if self.gradients else ():
+            if rows.family is not None:
+                found |= {rows.name: rows.family, scale_name(rows.name): rows.family}
+        return found
+
+    @cached_property
+    def head_major(self) -> frozenset[str]:
+        """The datasets whose first axis runs over heads."""
+        blocks = [d for d in self.gradients.datasets if isinstance(d, BlockDataset)] if self.gradients else []
+        return frozenset(name for d in blocks for name in (d.name, scale_name(d.name)))
 
     @cached_property
     def specs(self) -> dict[str, DatasetSpec]:
@@ -98,18 +111,42 @@ class SegmentPlan:
         specs.extend(DatasetSpec(name, (n, groups), "float32") for name in GROUP_COLUMNS)
         for name, place in self.header.positions.by_name.items():
             specs.append(DatasetSpec(name, (int(self.offsets[place.family][-1]), place.columns), "float32"))
-        for dataset in self.gradients.datasets if self.gradients else ():
-            spans = dataset.heads if isinstance(dataset, BlockDataset) else 1
-            specs.append(DatasetSpec(dataset.name, dataset.shape(n), self.header.gradient_dtype, spans))
+        if self.gradients:
+            specs.extend(self._dense_specs(self.gradients))
+            specs.extend(self._factor_specs(self.gradients))
         return {spec.name: spec for spec in specs}
 
+    def _dense_specs(self, plan: GradientPlan) -> Iterator[DatasetSpec]:
+        n, dtype = self.n, self.header.gradient_dtype
+        for dataset in plan.datasets:
+            is_block, shape = isinstance(dataset, BlockDataset), dataset.shape(n)
+            spans = shape[0] if is_block else 1
+            yield DatasetSpec(dataset.name, shape, dtype, spans)
+            if dtype == "float16":
+                scales = (*shape[:2], 1) if isinstance(dataset, BlockDataset) else shape[: -dataset.row_axes]
+                yield DatasetSpec(scale_name(dataset.name), scales, "float32", spans)
 
-def _with_positions(header: StoreHeader, ragged: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
+    def _factor_specs(self, plan: GradientPlan) -> Iterator[DatasetSpec]:
+        dtype = self.header.encodings.dtype
+        for rows in plan.factors:
+            total = 0 if rows.family is None else int(self.offsets[rows.family][-1])
+            shape = rows.shape(self.n, total)
+            yield DatasetSpec(rows.name, shape, dtype)
+            if dtype == "float16":
+                yield DatasetSpec(scale_name(rows.name), shape[:-1], "float32")
+        for name in plan.errors.values():
+            yield DatasetSpec(name, (self.n,), "float32")
+
+
+def _with_positions(
+    header: StoreHeader, ragged: Mapping[str, Sequence[int]], gradients: GradientPlan | None
+) -> dict[str, Sequence[int]]:
     """The ragged families of a segment, with that of positions exactly where something lies along it."""
     needed = {dataset.family for dataset in header.positions.datasets.values()}
+    needed |= gradients.families if gradients else set()
     families = {family: lengths for family, lengths in ragged.items() if family != "positions"}
     if "positions" in needed and (lengths := ragged.get("positions", ragged.get("ids"))) is not None:
         families["positions"] = lengths
     if lacking := needed - families.keys():
-        raise ValueError(f"contributions of positions need the lengths of {sorted(lacking)}")
+        raise ValueError(f"positions need the lengths of {sorted(lacking)}")
     return families

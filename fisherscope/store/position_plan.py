@@ -12,7 +12,7 @@ from fisherscope.store.names import escape_path
 
 Side = Literal["input", "target"]
 
-_FAMILIES: dict[Side, str] = {"input": "positions", "target": "labels"}
+FAMILIES: dict[Side, str] = {"input": "positions", "target": "labels"}
 
 
 def side_of(layout: ModelLayout, parameter: str) -> Side | None:
@@ -103,7 +103,7 @@ class PositionPlan:
                 raise ValueError(f"{info.name!r} is no matrix whose positions are known")
             blocks = tuple(b for _, b in layout.head_blocks() if b.weight.parameter == info.name)
             name = escape_path(f"positions/{info.name}")
-            datasets[info.name] = PositionDataset(name, info.name, _FAMILIES[side], blocks)
+            datasets[info.name] = PositionDataset(name, info.name, FAMILIES[side], blocks)
         return cls(datasets)
 
     @property

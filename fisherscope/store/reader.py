@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import builtins
+import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -16,21 +17,22 @@ from torch import Tensor
 
 from fisherscope.layout import GroupTable, ModelLayout, ParameterSlice
 from fisherscope.layout.attention import Part
-from fisherscope.store import aggregates, gradients, kronecker, lookup, positions, tables
+from fisherscope.linalg import PerSampleGradient
+from fisherscope.store import aggregates, encoded, gradients, kronecker, lookup, memory, positions, tables
 from fisherscope.store.gradient_plan import GradientPlan
 from fisherscope.store.index import TaskIndex, build_index
 from fisherscope.store.kronecker import KroneckerFactors
 from fisherscope.store.ledger import Ledger, read_ledgers
 from fisherscope.store.mapped import Checked, MappedShard
-from fisherscope.store.records import ShardRecord
 from fisherscope.store.schema import StoreHeader, read_header
+from fisherscope.store.shard_record import ShardRecord
 
 Samples: TypeAlias = slice | Sequence[int] | NDArray[np.int64] | None
 
 _OPEN_SHARDS = 128  # each map holds a file descriptor
 
 
-def open_store(path: str | Path) -> ContributionStore:
+def open_store(path: str | Path, memory_budget: int | str | None = None) -> ContributionStore:
     """Open a contribution store for reading.
 
     A store that is still being written shows what is committed now; :meth:`ContributionStore.refresh`
@@ -38,12 +40,16 @@ def open_store(path: str | Path) -> ContributionStore:
 
     Args:
         path: the directory that ``collect`` wrote.
+        memory_budget: bytes, or a text such as "2GB", that one call for gradients may take; by default half
+            of the memory that is free now.
 
     Raises:
-        StoreFormatError: the directory is not a store, or one of another format version.
+        StoreFormatError: the directory is not a store, or one of another format version, or it needs what
+            only a later fisherscope knows.
         CorruptStoreError: its journals or ``store.json`` are damaged.
+        ValueError: ``memory_budget`` is no amount of memory.
     """
-    return ContributionStore(path)
+    return ContributionStore(path, memory_budget)
 
 
 class ContributionStore:
@@ -55,13 +61,16 @@ class ContributionStore:
     Attributes:
         path: the store's directory.
         header: what the store is a store of.
+        memory_budget: bytes that one call for gradients may take, result included.
     """
 
     path: Path
     header: StoreHeader
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, memory_budget: int | str | None = None) -> None:
         self.path = Path(path).absolute()
+        self._asked = memory_budget
+        self.memory_budget = memory.budget_of(memory_budget)
         self.refresh()
 
     def refresh(self) -> None:
@@ -74,12 +83,11 @@ class ContributionStore:
         self.header, digest = read_header(self.path)
         self._ledgers: list[Ledger] = read_ledgers(self.path, digest)
         self._index = build_index(self.path, self._ledgers)
-        self._plan = GradientPlan.build(self.header.layout, self.header.gradient_parameters)
         self._shards: OrderedDict[str, MappedShard] = OrderedDict()
         self._checked: dict[str, Checked] = {}
 
-    def __reduce__(self) -> tuple[type[ContributionStore], tuple[Path]]:
-        return type(self), (self.path,)
+    def __reduce__(self) -> tuple[type[ContributionStore], tuple[Path, int | str | None]]:
+        return type(self), (self.path, self._asked)
 
     @property
     def layout(self) -> ModelLayout:
@@ -146,20 +154,87 @@ class ContributionStore:
         return tables.token_types(self, self._task(task), row)
 
     def gradients(self, task: str, parameter: str, samples: Samples = None) -> Tensor:
-        """Per-sample gradients g_i of the summed loss, signed.
+        """Per-sample gradients g_i of the summed loss, signed, in whichever encoding they are stored.
 
         Returns:
-            ``[n, *shape]``, float32.
+            ``[n, *shape]``, float32. Where :meth:`encoding` is "lowrank" they are approximations, and
+            :meth:`encoding_errors` tells how good.
 
         Raises:
             KeyError: no such task or parameter.
             NotStoredError: gradients of this parameter were not collected.
+            MemoryBudgetError: so many samples do not fit.
             CorruptStoreError: a shard is missing or damaged.
         """
         index = self._task(task)
-        return gradients.read_parameter(
+        chosen = index.select(samples)
+        size = math.prod(self.layout.parameter(lookup.gradients_stored(self.header, parameter)).shape)
+        memory.refuse_beyond(self.memory_budget, f"gradients of {parameter}", len(chosen), 4 * size)
+        return gradients.read_parameter(self, index, parameter, chosen)
+
+    def per_sample(self, task: str, parameter: str, samples: Samples = None) -> PerSampleGradient:
+        """Per-sample gradients g_i in the representation in which they are stored.
+
+        Norms, inner products and slices of factors need no gradient of full size: see ``fisherscope.linalg``.
+
+        Returns:
+            A :class:`~fisherscope.linalg.Dense`, a :class:`~fisherscope.linalg.Factored` whose positions are
+            padded with zeros, or a :class:`~fisherscope.linalg.LowRank`; float32.
+
+        Raises:
+            KeyError: no such task or parameter.
+            NotStoredError: gradients of this parameter were not collected.
+            MemoryBudgetError: so many samples do not fit.
+            CorruptStoreError: a shard is missing or damaged.
+        """
+        index = self._task(task)
+        return encoded.read(
             self, index, lookup.gradients_stored(self.header, parameter), index.select(samples)
         )
+
+    def stream(self, task: str, parameter: str) -> Iterator[tuple[builtins.slice, PerSampleGradient]]:
+        """All gradients of a parameter, so many samples at a time as fit the memory budget.
+
+        Yields:
+            Which samples, and what :meth:`per_sample` gives for them.
+
+        Raises:
+            KeyError: no such task or parameter.
+            NotStoredError: gradients of this parameter were not collected.
+            MemoryBudgetError: not even one sample fits.
+            CorruptStoreError: a shard is missing or damaged.
+        """
+        index = self._task(task)
+        return encoded.stream(self, index, lookup.gradients_stored(self.header, parameter))
+
+    def encoding(self, parameter: str) -> str:
+        """How the gradients of a parameter are stored.
+
+        Returns:
+            "dense" (as they are), "factored" (by position, exact), "lowrank" (the first singular vectors of
+            each), or "groups" where there are group values alone.
+
+        Raises:
+            KeyError: the model has no such parameter.
+            NotStoredError: it was not instrumented.
+        """
+        if lookup.known(self.header, parameter) in self.header.gradient_parameters:
+            return self.header.encodings.encoding(parameter)
+        lookup.instrumented(self.header, parameter)
+        return "groups"
+
+    def encoding_errors(self, task: str) -> pd.DataFrame:
+        """How far stored gradients of low rank are from those that were computed.
+
+        Returns:
+            ``||g_i - stored|| / ||g_i||`` (Frobenius) as float32, one row per sample with its id as index,
+            and one column per parameter whose :meth:`encoding` is "lowrank"; all others are exact up to
+            rounding. NaN for samples whose gradients were left out.
+
+        Raises:
+            KeyError: no such task.
+        """
+        return encoded.errors(self, self._task(task))
 
     def slice(
         self,
@@ -174,7 +249,7 @@ class ContributionStore:
     ) -> Tensor:
         """Per-sample gradients of one head: a query head for Q and O, a kv head for K and V.
 
-        Reads the bytes of that head only.
+        Of dense gradients the bytes of that head only are read; of factors the other side is, too.
 
         Returns:
             ``[n, slice size]``, float32, each slice in the parameter's memory order.
@@ -183,6 +258,7 @@ class ContributionStore:
             KeyError: no such task, layer, block or bias.
             IndexError: no such head.
             NotStoredError: gradients of this block were not collected.
+            MemoryBudgetError: so many samples do not fit.
             CorruptStoreError: a shard is missing or damaged.
         """
         self.layout.slice(layer, block, head, part=part, stack=stack)  # names what there is
@@ -220,7 +296,10 @@ class ContributionStore:
         lookup.gradients_stored(self.header, first.parameter)
         partition = self.layout.attention_layer(layer, stack).block(block).part(part)
         assert partition is not None
-        return gradients.read_heads(self, index, partition, index.select(samples), heads)
+        chosen, count = index.select(samples), len(partition.starts[heads])
+        what = f"slices of {block} of layer {layer}"
+        memory.refuse_beyond(self.memory_budget, what, len(chosen), 4 * count * partition.slice_size)
+        return gradients.read_heads(self, index, partition, chosen, heads)
 
     def fisher(self, task: str, parameter: str, labels: str = "data") -> Tensor:
         """Diagonal Fisher F = mean over samples of h_i ** 2, merged over ranks.
@@ -376,7 +455,7 @@ class ContributionStore:
     @property
     def gradient_plan(self) -> GradientPlan:
         """Where the gradients of each parameter lie."""
-        return self._plan
+        return self.header.gradients
 
     def task_index(self, task: str) -> TaskIndex:
         """Where each committed sample of a task lies."""

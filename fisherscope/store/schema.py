@@ -16,6 +16,8 @@ from fisherscope.layout import GroupTable, ModelLayout
 from fisherscope.linalg.normalization import NORMALIZATIONS
 from fisherscope.store import disk
 from fisherscope.store.dtypes import gradient_dtype
+from fisherscope.store.encodings import FEATURES, Encodings
+from fisherscope.store.gradient_plan import GradientPlan
 from fisherscope.store.position_plan import PositionPlan
 
 FORMAT = "fisherscope-store"
@@ -39,7 +41,9 @@ class StoreHeader:
         layout: every parameter of the model, every head slice, every MLP channel.
         parameters: the instrumented parameters.
         gradient_parameters: those whose per-sample gradients are stored; may be empty.
-        gradient_dtype: element type of stored gradients.
+        gradient_dtype: element type of stored gradients that are dense.
+        encodings: how the gradients of each parameter are kept. Settled when the store is created and no part
+            of its identity: a resumed run goes on with them.
         normalization: how h_i comes from g_i: "per_token" g / sqrt(T), "none" g, "mean" g / T.
         fisher_shape: "full" where snapshots hold F and mean h of every parameter, else "groups".
         position_parameters: matrices with stored contributions of single positions; may be empty.
@@ -52,6 +56,7 @@ class StoreHeader:
     parameters: tuple[str, ...]
     gradient_parameters: tuple[str, ...] = ()
     gradient_dtype: str = "bfloat16"
+    encodings: Encodings = field(default_factory=Encodings)
     normalization: str = "per_token"
     fisher_shape: str = "full"
     position_parameters: tuple[str, ...] = ()
@@ -73,6 +78,7 @@ class StoreHeader:
             if len(set(names)) != len(names):
                 raise ValueError(f"a parameter is named twice in {list(names)}")
         _ = self.positions
+        self.encodings.check(self.layout, self.gradient_parameters)
 
     @cached_property
     def groups(self) -> GroupTable:
@@ -84,16 +90,38 @@ class StoreHeader:
         """Where contributions of single positions lie."""
         return PositionPlan.build(self.layout, self.position_parameters)
 
+    @cached_property
+    def gradients(self) -> GradientPlan:
+        """Where stored gradients lie."""
+        return GradientPlan.build(self.layout, self.gradient_parameters, self.encodings)
+
+    @property
+    def gradient_encodings(self) -> dict[str, str]:
+        """The encoding of every parameter whose gradients are stored."""
+        return {name: self.encodings.encoding(name) for name in self.gradient_parameters}
+
+    @property
+    def gradient_rank(self) -> int | None:
+        """Outer products per sample of "lowrank" gradients; None where there are none."""
+        return self.encodings.rank
+
+    @property
+    def requires(self) -> list[str]:
+        """Features that a reader of the store must know."""
+        return self.encodings.features(self.gradient_dtype, self.gradient_parameters)
+
     def to_json(self) -> dict[str, Any]:
         """Plain data; :meth:`from_json` reads it back."""
         return {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
+            "requires": self.requires,
             "fingerprint": self.fingerprint,
             "layout": self.layout.to_json(),
             "parameters": list(self.parameters),
             "gradient_parameters": list(self.gradient_parameters),
             "gradient_dtype": self.gradient_dtype,
+            **self.encodings.to_json(),
             "normalization": self.normalization,
             "fisher_shape": self.fisher_shape,
             "position_parameters": list(self.position_parameters),
@@ -112,23 +140,27 @@ class StoreHeader:
         for key, kind in _FIELDS.items():
             if not isinstance(data.get(key), kind):
                 raise ValueError(f"{key!r} is missing or no {kind.__name__}")  # noqa: TRY004 - damage, not misuse
-        for key in ("parameters", "gradient_parameters", "position_parameters"):
+        for key in ("parameters", "gradient_parameters", "position_parameters", "requires"):
             if not all(isinstance(name, str) for name in data[key]):
                 raise ValueError(f"{key!r} holds something else than names")
         if _pieces(data["layout"]) > MAX_PIECES:
             raise ValueError(f"the layout declares more than {MAX_PIECES} heads and channels")
-        return cls(
+        header = cls(
             fingerprint=data["fingerprint"],
             layout=ModelLayout.from_json(data["layout"]),
             parameters=tuple(data["parameters"]),
             gradient_parameters=tuple(data["gradient_parameters"]),
             gradient_dtype=data["gradient_dtype"],
+            encodings=Encodings.from_json(data),
             normalization=data["normalization"],
             fisher_shape=data["fisher_shape"],
             position_parameters=tuple(data["position_parameters"]),
             options=data["options"],
             provenance=data["provenance"],
         )
+        if undeclared := set(header.requires) - set(data["requires"]):
+            raise ValueError(f"it uses {sorted(undeclared)} and does not say so")
+        return header
 
 
 def _pieces(data: Any) -> int:
@@ -140,6 +172,7 @@ def _pieces(data: Any) -> int:
 
 
 _FIELDS: dict[str, type] = {
+    "requires": list,
     "fingerprint": dict,
     "layout": dict,
     "parameters": list,
@@ -152,7 +185,7 @@ _FIELDS: dict[str, type] = {
     "provenance": dict,
 }
 # what a key that may be absent then stands for
-_ABSENT: dict[str, Any] = {"position_parameters": []}
+_ABSENT: dict[str, Any] = {"position_parameters": [], "requires": []}
 
 
 def encode_header(header: StoreHeader) -> bytes:
@@ -194,11 +227,30 @@ def read_header(root: Path) -> tuple[StoreHeader, str]:
             f"{root} has format version {data.get('format_version')!r}, this fisherscope reads and writes "
             f"version {FORMAT_VERSION}: use the fisherscope that wrote it, or collect again"
         )
+    _refuse_unknown_features(root, data.get("requires", []))
     try:
         header = StoreHeader.from_json(data)
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise CorruptStoreError(f"{path} is damaged: {error}. Restore it from a copy") from error
     return header, hashlib.sha256(content).hexdigest()
+
+
+def _refuse_unknown_features(root: Path, required: Any) -> None:
+    """A store may need what only a later fisherscope knows.
+
+    Raises:
+        StoreFormatError: this one does.
+    """
+    if not isinstance(required, list):
+        return  # damage, which reading the header names
+    unknown = sorted(
+        {str(feature)[:80] for feature in required if not isinstance(feature, str) or feature not in FEATURES}
+    )
+    if unknown:
+        raise StoreFormatError(
+            f"{root} uses {', '.join(map(ascii, unknown))}, which this fisherscope does not know (it knows "
+            f"{sorted(FEATURES)}): read it with the fisherscope that wrote it or a later one"
+        )
 
 
 def _no_constant(name: str) -> Any:

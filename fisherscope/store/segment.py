@@ -8,13 +8,12 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from fisherscope.errors import StoreError
-from fisherscope.store.dtypes import stored_type, to_raw
-from fisherscope.store.gradient_plan import BlockDataset, WholeDataset
+from fisherscope.store.dtypes import to_raw
+from fisherscope.store.gradient_writer import GradientWriter
 from fisherscope.store.plan import SegmentPlan
 from fisherscope.store.shard import ShardFile
 from fisherscope.store.skeleton import DatasetSpec
@@ -48,7 +47,7 @@ class SegmentWriter:
         self._create = create
         self._commit = commit
         self._written = {name: np.zeros(plan.n, dtype=bool) for name in plan.specs}
-        self._waiting: dict[tuple[str, int, int], tuple[Tensor, set[str]]] = {}
+        self._gradients = GradientWriter(plan, self.put)
         self._shard: ShardFile | None = create(plan)
         try:
             self.put("sample/row", 0, np.asarray(rows, dtype=np.int64))
@@ -64,7 +63,8 @@ class SegmentWriter:
 
         Args:
             dataset: one of ``sample/*``, ``ids/*``, ``text/bytes``, ``positions/*``, ``groups/*``,
-                ``parameters/*`` or ``gradients/*``, in the shape that the segment stores.
+                ``parameters/*``, ``gradients/*``, ``factors/*``, ``lowrank/*`` or ``scales/*``, in the shape
+                and the type that the segment stores.
             start_row: position in the segment of the first row.
             array: ``[b, ...]``; for a head-major dataset ``[heads, b, columns]``; for a ragged one the
                 rows' values one after the other, or a list with one array (or bytes) per row.
@@ -84,7 +84,7 @@ class SegmentWriter:
             self.put_ragged(dataset, start_row, array)
             return
         raw = to_raw(array, spec.dtype)
-        head_major = dataset.startswith("gradients/")
+        head_major = dataset in self._plan.head_major
         b = raw.shape[1] if head_major and raw.ndim > 1 else len(raw) if raw.ndim else 0
         expected = (spec.shape[0], b, spec.shape[2]) if head_major else (b, *spec.shape[1:])
         if raw.shape != expected or not 0 <= start_row <= self._plan.n - b:
@@ -154,8 +154,23 @@ class SegmentWriter:
         lengths: list[int] = np.diff(offsets[start_row : start_row + n + 1]).tolist()
         return lengths
 
+    @property
+    def has_gradients(self) -> bool:
+        """Whether gradients of its samples are to be put."""
+        return self._plan.gradients is not None
+
+    @property
+    def gradients(self) -> GradientWriter:
+        """Where factors and approximations of gradients are put.
+
+        Raises:
+            StoreError: the segment is closed.
+        """
+        self._open_shard()
+        return self._gradients
+
     def put_gradient(self, parameter: str, start_row: int, gradients: Tensor) -> None:
-        """Write the gradients of some samples for one parameter.
+        """Write the gradients of some samples for one parameter that are kept as they are.
 
         Args:
             parameter: one of the store's gradient parameters.
@@ -163,48 +178,11 @@ class SegmentWriter:
             gradients: ``[b, *shape]``, signed, on any device; rounded to the store's type.
 
         Raises:
-            KeyError: gradients of this parameter are not stored here.
+            KeyError: gradients of this parameter are not stored here, or as factors.
             ValueError: the tensor does not fit.
             StoreFullError: the disk is full.
         """
-        plan = self._plan.gradients
-        place = plan.places.get(parameter) if plan else None
-        if place is None:
-            raise KeyError(f"the segment stores no gradients of {parameter!r}")
-        shape = self._plan.header.layout.parameter(parameter).shape
-        b = len(gradients) if gradients.dim() else 0
-        if tuple(gradients.shape) != (b, *shape) or not 0 <= start_row <= self._plan.n - b:
-            raise ValueError(
-                f"{parameter!r} has shape {shape}, the segment {self._plan.n} rows: cannot put a tensor "
-                f"of shape {tuple(gradients.shape)} at row {start_row}"
-            )
-        if isinstance(place, WholeDataset):
-            self.put(place.name, start_row, gradients)
-            return
-        # rounding first halves what is cut and moved
-        rounded = gradients.detach().to(stored_type(self._plan.header.gradient_dtype).torch)
-        for dataset, piece in place:
-            cut = piece.partition.gather(rounded)
-            self._put_piece(dataset, piece.part, slice(piece.start, piece.stop), start_row, cut)
-
-    def _put_piece(
-        self, dataset: BlockDataset, part: str, columns: slice, start_row: int, values: Tensor
-    ) -> None:
-        """Write one part of a block; with several parts, once all of these rows are there."""
-        if len(dataset.pieces) == 1:
-            self.put(dataset.name, start_row, values)
-            return
-        b = values.shape[1]
-        key = (dataset.name, start_row, b)
-        if key not in self._waiting:
-            whole = torch.empty((dataset.heads, b, dataset.columns), dtype=values.dtype)
-            self._waiting[key] = (whole, set())
-        whole, there = self._waiting[key]
-        whole[..., columns].copy_(values)
-        there.add(part)
-        if len(there) == len(dataset.pieces):
-            del self._waiting[key]
-            self.put(dataset.name, start_row, whole)
+        self.gradients.put_dense(parameter, start_row, gradients)
 
     def _write_heads(self, shard: ShardFile, dataset: str, start_row: int, raw: NDArray[Any]) -> None:
         heads, b, columns = raw.shape
@@ -246,14 +224,14 @@ class SegmentWriter:
             finally:
                 shard.discard()
             shard = smaller
-        self._waiting.clear()
+        self._gradients.waiting.clear()
         self._commit(self, shard, n)
 
     def _check_written(self, n: int) -> None:
         for name, written in self._written.items():
             if not written[:n].all():
                 missing = int(np.argmin(written[:n]))
-                waiting = [f"rows {k[1]}..{k[1] + k[2] - 1}" for k in self._waiting if k[0] == name]
+                waiting = [f"rows {k[1]}..{k[1] + k[2] - 1}" for k in self._gradients.waiting if k[0] == name]
                 hint = f" (only some parts of {', '.join(waiting)} came)" if waiting else ""
                 raise StoreError(
                     f"segment of task {self.task!r}: {name!r} was not written for row {self.rows[missing]}"
@@ -263,7 +241,7 @@ class SegmentWriter:
     def abort(self) -> None:
         """Give the segment up and remove its file; does nothing after a commit."""
         shard, self._shard = self._shard, None
-        self._waiting.clear()
+        self._gradients.waiting.clear()
         if shard is not None:
             shard.discard()
 

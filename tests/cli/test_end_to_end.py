@@ -99,6 +99,20 @@ def test_options_reach_the_collection(model_dir, tasks, tmp_path, run):
     assert "warning" not in shown.stderr  # nothing is longer than 9 tokens
 
 
+def test_encodings_reach_the_collection(model_dir, tasks, tmp_path, run):
+    """How gradients are stored, and an estimate of it with what would take less."""
+    flags = ["--encoding", "lowrank", "--rank", "2", "--dtype", "float16"]
+    common = ["--model", model_dir, *tasks, "-q", "--batch-size", "4", *flags]
+    assert run("collect", *common, "--out", tmp_path / "run.fs", "--durability", "none").exit_code == 0
+    header = fs.open_store(tmp_path / "run.fs").header
+    assert header.gradient_encodings["model.layers.0.self_attn.q_proj.weight"] == "lowrank"
+    assert (header.gradient_rank, header.encodings.dtype) == (2, "float16")
+    shown = run("estimate", *common, "--no-measure")
+    assert shown.exit_code == 0, shown.stderr
+    assert "groups" in shown.stdout
+    assert run("collect", *common, "--rank", "0").exit_code == 2
+
+
 def test_truncation_is_reported(model_dir, tasks, tmp_path, run):
     """How many samples of which task, and how many tokens."""
     shown = run(

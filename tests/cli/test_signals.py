@@ -11,18 +11,18 @@ import fisherscope as fs
 
 
 def wait_for(path, process, seconds=60):
-    """Waits until some samples are committed."""
+    """Waits until the constants are committed and a segment is being filled."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and process.poll() is None:
-        if len(list(path.glob("shards/*.h5"))) > 2:
+        if list(path.glob("shards/*.h5")) and list(path.glob("shards/.tmp-*")):
             return
         time.sleep(0.02)
-    raise AssertionError(f"nothing was committed: {process.communicate()}")
+    raise AssertionError(f"nothing was written: {process.communicate()}")
 
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory, write_task):
-    """Ten segments of sixteen samples, in a file whose name needs quotes in a shell."""
+    """Samples for some seconds, in a file whose name needs quotes in a shell."""
     rows = [{"prompt": f"{i}+{i}=", "completion": f"{2 * i}\n"} for i in range(160)]
     return write_task(tmp_path_factory.mktemp("task") / "a task.jsonl", rows)
 

@@ -189,7 +189,14 @@ def test_extension_options_are_validated() -> None:
     with pytest.raises(ValueError, match="per_token"):
         fs.Fisher(normalization="tokens")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="bfloat16"):
-        fs.SampleGradients(dtype="float16")  # type: ignore[arg-type]
+        fs.SampleGradients(dtype="float64")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="'auto', 'dense', 'factored', 'lowrank', 'groups'"):
+        fs.SampleGradients(encoding="sparse")  # type: ignore[arg-type]
+    for rank in (0, 1.5, True):
+        with pytest.raises(ValueError, match=r"rank=.*from 1 to"):
+            fs.SampleGradients(rank=rank)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="positive number or None"):
+        fs.SampleGradients(max_samples=0)
     with pytest.raises(ValueError, match="attention"):
         fs.SampleGradients(parameters="heads")
 

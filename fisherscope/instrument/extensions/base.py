@@ -15,6 +15,7 @@ from fisherscope.instrument.emission import Emission, Sinks
 from fisherscope.layout import GroupTable, ModelLayout
 from fisherscope.linalg.normalization import Normalization
 from fisherscope.store import SegmentWriter
+from fisherscope.store.encodings import Encodings
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,9 @@ class Collector(ABC):
         """Accumulators to be filled for this parameter."""
         del parameter
         return Sinks()
+
+    def stored_as(self, encodings: Encodings) -> None:
+        """Learn how the store keeps gradients, before the first batch."""
 
     def begin(self, n: int) -> None:
         """A batch of ``n`` samples begins."""

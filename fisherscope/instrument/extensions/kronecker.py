@@ -162,8 +162,8 @@ class KroneckerCollector(Collector):
                 continue
             device = self._context.parameters[name].device
             self._sums[module] = _Sums(
-                arrays[f"kronecker/A/{module}"].to(device, copy=True),
-                arrays[f"kronecker/S/{module}"].to(device, copy=True),
+                arrays[f"kronecker/A/{module}"].to(device, torch.float32, copy=True),
+                arrays[f"kronecker/S/{module}"].to(device, torch.float32, copy=True),
                 int(arrays[f"kronecker/positions/{module}"]),
             )
 

@@ -5,16 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from typing_extensions import override
 
 from fisherscope.errors import CoverageError
 from fisherscope.instrument.emission import Emission
 from fisherscope.instrument.extensions.base import Collector, Context, Extension
+from fisherscope.instrument.extensions.factors import FactorWriter
 from fisherscope.instrument.extensions.registry import register_extension
 from fisherscope.layout import ModelLayout
+from fisherscope.linalg import LowRank
+from fisherscope.linalg.rounding import rounded
 from fisherscope.store import SegmentWriter
+from fisherscope.store.encodings import MAX_RANK, Encodings
+
+Choice = Literal["auto", "dense", "factored", "lowrank", "groups"]
+Dtype = Literal["bfloat16", "float32", "float16"]
 
 
 @register_extension
@@ -24,12 +31,26 @@ class SampleGradients(Extension):
 
     Attributes:
         parameters: "attention", "all" (of the instrumented ones) or a list of name patterns.
-        dtype: "bfloat16" keeps the exponent range of float32 in half the bytes; "float32" keeps all.
+        encoding: "dense" keeps g itself. "factored" keeps the layer's input and its output gradient, position
+            by position: exact up to the dtype, and smaller where samples are short. "lowrank" keeps the first
+            singular vectors of each sample's gradient, with the error of each. "groups" keeps no gradients:
+            group values are always there. "auto" takes per parameter the smaller of "dense" and "factored".
+            Vectors, convolutions and stacked experts are dense whatever is asked for.
+        dtype: "bfloat16" keeps the exponent range of float32 in half the bytes; "float32" keeps all;
+            "float16" has a power of two as scale of each row and is 8 times finer than bfloat16. Where
+            products of rounded factors cancel, little of an entry is left, so factors that "auto" chooses
+            are float32 in place of bfloat16: no square is worse than that of a dense gradient. Half the
+            bytes are to be asked for: ``encoding="factored", dtype="float16"``.
+        rank: of "lowrank".
+        max_samples: gradients of the first so many samples of each task only; None for all.
     """
 
     name: ClassVar[str] = "sample_gradients"
     parameters: str | Sequence[str] = "attention"
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    encoding: Choice = "auto"
+    dtype: Dtype = "bfloat16"
+    rank: int = 8
+    max_samples: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.parameters, str):
@@ -38,14 +59,27 @@ class SampleGradients(Extension):
             raise ValueError(
                 f"SampleGradients(parameters={self.parameters!r}): use 'attention', 'all' or name patterns"
             )
-        if self.dtype not in {"bfloat16", "float32"}:
-            raise ValueError(f"SampleGradients(dtype={self.dtype!r}): use 'bfloat16' or 'float32'")
+        for what, choices in (("encoding", get_args(Choice)), ("dtype", get_args(Dtype))):
+            if (value := getattr(self, what)) not in choices:
+                offered = ", ".join(map(repr, choices))
+                raise ValueError(f"SampleGradients({what}={value!r}): use one of {offered}")
+        if type(self.rank) is not int or not 1 <= self.rank <= MAX_RANK:
+            raise ValueError(f"SampleGradients(rank={self.rank!r}): use a number from 1 to {MAX_RANK}")
+        if self.max_samples is not None and (type(self.max_samples) is not int or self.max_samples < 1):
+            raise ValueError(
+                f"SampleGradients(max_samples={self.max_samples!r}): use a positive number or None"
+            )
+
+    @property
+    def factor_dtype(self) -> Dtype:
+        """Element type of factors and singular vectors."""
+        return "float32" if self.encoding == "auto" and self.dtype == "bfloat16" else self.dtype
 
     def chosen(self, layout: ModelLayout, instrumented: tuple[str, ...]) -> tuple[str, ...]:
-        """Which of the instrumented parameters are stored.
+        """Which of the instrumented parameters are stored; none with the encoding "groups".
 
         Raises:
-            CoverageError: none is.
+            CoverageError: the choice matches none.
         """
         if self.parameters == "all":
             names = instrumented
@@ -57,7 +91,7 @@ class SampleGradients(Extension):
             raise CoverageError(
                 f"SampleGradients(parameters={self.parameters!r}) matches none of the instrumented parameters"
             )
-        return names
+        return () if self.encoding == "groups" else names
 
     @override
     def collector(self, context: Context) -> Collector:
@@ -68,14 +102,40 @@ class SampleGradientCollector(Collector):
     """Hands each parameter's gradients to the segment, so that none waits for another layer's."""
 
     def __init__(self, parameters: tuple[str, ...]) -> None:
-        """Store the gradients of these parameters."""
+        """Store the gradients of these parameters, dense unless :meth:`stored_as` says otherwise."""
         self._parameters = frozenset(parameters)
+        self.stored_as(Encodings())
+
+    @override
+    def stored_as(self, encodings: Encodings) -> None:
+        self._encodings = encodings
+        self._factors = FactorWriter(encodings)
 
     @override
     def wants_dense(self, parameter: str) -> bool:
-        return parameter in self._parameters
+        return parameter in self._parameters and self._encodings.encoding(parameter) == "dense"
+
+    @override
+    def begin(self, n: int) -> None:
+        self._factors.begin(n)
 
     @override
     def update(self, emission: Emission, segment: SegmentWriter | None, start: int) -> None:
-        if segment is not None and emission.parameter in self._parameters:
-            segment.put_gradient(emission.parameter, start, emission.dense)
+        name = emission.parameter
+        if segment is None or name not in self._parameters or not segment.has_gradients:
+            return
+        encoding = self._encodings.encoding(name)
+        if encoding == "factored":
+            self._factors.write(emission, segment, start)
+        elif encoding == "lowrank":
+            rank, dtype = self._encodings.rank, self._encodings.dtype
+            assert rank is not None
+            found = LowRank.of(emission.gradient, rank, lambda rows: rounded(rows, dtype, 1))
+            segment.gradients.put_low_rank(name, start, found)
+        else:
+            segment.put_gradient(name, start, emission.dense)
+
+    @override
+    def end(self, segment: SegmentWriter | None, start: int) -> None:
+        if segment is not None and segment.has_gradients:
+            self._factors.end(segment, start)

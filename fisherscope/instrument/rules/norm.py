@@ -69,8 +69,10 @@ def _is_affine_in_its_weight(module: nn.Module) -> bool:
     if weight is None or weight.dim() == 0 or not set(own) <= {"weight", "bias"} or any(module.children()):
         return False
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 3, *weight.shape, generator=generator).to(weight.device)
-    scale = torch.rand(weight.shape, generator=generator).to(weight.device)
+    # a model without weights, of which only sizes are asked, has no values to compare
+    device = torch.device("cpu") if weight.is_meta else weight.device
+    x = torch.randn(2, 3, *weight.shape, generator=generator).to(device)
+    scale = torch.rand(weight.shape, generator=generator).to(device)
     modes = module.training
     try:
         module.training = False

@@ -1,0 +1,33 @@
+"""Whether the gradients of some samples were stored at all."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fisherscope.errors import NotStoredError
+from fisherscope.store.factor_plan import FactoredPlace, LowRankPlace
+from fisherscope.store.gradient_plan import Place, WholeDataset
+from fisherscope.store.index import Chunk
+
+if TYPE_CHECKING:
+    from fisherscope.store.reader import ContributionStore
+
+
+def require(store: ContributionStore, chunk: Chunk, place: Place) -> None:
+    """Raise if the gradients of a chunk's samples were left out.
+
+    Raises:
+        NotStoredError: they were.
+    """
+    if isinstance(place, FactoredPlace | LowRankPlace):
+        name = place.left.name
+    else:
+        name = place.name if isinstance(place, WholeDataset) else place[0][0].name
+    segment = chunk.segment
+    if name not in store.shard(segment.shard):
+        sample = f"{segment.task}_{segment.rows[int(chunk.positions[0])]}"
+        raise NotStoredError(
+            f"the gradients of sample {sample} were not stored: collect again with "
+            f"SampleGradients(max_samples=None), ask for fewer samples, or compute them again with "
+            f"scope.gradients(store, [{sample!r}])"
+        )
