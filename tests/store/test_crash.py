@@ -1,79 +1,66 @@
-"""Killed or failing at every system call, a store loses nothing that was committed and can be finished."""
+"""Killed or failing at every system call, a run over two tasks loses nothing and can be finished."""
 
 import contextlib
-import os
+import errno
 import signal
 import subprocess
 import sys
 import textwrap
-import warnings
+import threading
 from pathlib import Path
 
 import pytest
 
 from fisherscope.errors import StoreError, StoreFullError
 from fisherscope.store import StoreWriter, open_store
+from tests.store.contents import TwoTasks, assert_finished, committed, everything_of
+from tests.store.faults import Calls, FailingAt, in_a_fork, killed_at, was_killed
 from tests.store.store_cases import assert_holds, names
 
-CALLS = ("open", "mkdir", "posix_fallocate", "pwrite", "fsync", "rename", "unlink", "ftruncate", "preadv")
 ROOT = Path(__file__).resolve().parents[2]
 
-
 SLOW = pytest.param("every", marks=[pytest.mark.slow, pytest.mark.timeout(1800)])
+HOW = [pytest.param({}, id="at once"), pytest.param({"queue": 2}, id="in the background")]
 
 
-class Nth:
-    """Stand-ins for the system calls of ``os`` which do something at the k-th call from now on."""
+@pytest.fixture(scope="module")
+def tasks():
+    return TwoTasks()
 
-    def __init__(self, patch, k, action):
-        self.names = []
-        for name in CALLS:
-            patch.setattr(os, name, self._wrapped(name, getattr(os, name), k, action))
 
-    def _wrapped(self, name, real, k, action):
-        def call(*args, **options):
-            self.names.append(name)
-            if len(self.names) == k:
-                action(real, *args, **options)
-            return real(*args, **options)
+@pytest.fixture(scope="module")
+def truth(tasks, tmp_path_factory):
+    """Every sample and every state of the aggregates of a run that nothing disturbs."""
+    return tasks.states(tmp_path_factory.mktemp("truth") / "run.fs")
 
-        return call
+
+@pytest.fixture(scope="module")
+def whole(tasks, tmp_path_factory):
+    root = tmp_path_factory.mktemp("whole") / "run.fs"
+    tasks.write(root)
+    assert len(names(root / "shards")) >= 6
+    return everything_of(open_store(root))
 
 
 @pytest.fixture
-def points(request, small, tmp_path):
-    """At which calls to interfere: all of an undisturbed run, or some where the kind of call changes."""
-    small.write(tmp_path / "first.fs")  # what is loaded when first used makes calls of its own
+def points(request, tasks, how, tmp_path):
+    """At which calls to interfere: all of an undisturbed run, or every 29th with the ends."""
     with pytest.MonkeyPatch.context() as patch:
-        counter = Nth(patch, 0, None)
-        small.write(tmp_path / "undisturbed.fs")
-    assert len(counter.names) > 100
-    everywhere = range(1, len(counter.names) + 1)
-    if request.param == "every":
-        return everywhere
-    middle = range(len(counter.names) // 3, 2 * len(counter.names) // 3)  # one segment and one snapshot
-    return [k for k in middle if counter.names[k - 1] != counter.names[k - 2]][::2]
+        calls = Calls(patch)
+        tasks.write(tmp_path / "undisturbed.fs", **how)
+    total = len(calls.names)
+    assert total > 200
+    return range(1, total + 1) if request.param == "every" else [*range(1, total, 29), total]
 
 
-def _kill(real, *args, **options):
-    if real.__name__ == "pwrite":  # torn: half of the bytes arrive
-        real(args[0], memoryview(args[1])[: max(1, len(args[1]) // 2)], args[2])
-    os.kill(os.getpid(), signal.SIGKILL)
+def check_and_finish(root, tasks, truth, whole):
+    """What is committed is right, and the same run goes on to what an undisturbed one ends with."""
+    committed(root, truth)
+    tasks.write(root, durability="none")
+    assert_finished(root, whole)
 
 
-def _check_what_is_committed(root, run):
-    """Whatever a reader sees now is right: a prefix of the commits, value for value."""
-    if not (root / "store.json").exists():
-        return
-    store = open_store(root)
-    for task in store.tasks:
-        frame = store.samples(task)
-        assert frame["loss"].tolist() == [run.loss[row] for row in frame["row"]]
-        for name, expected in run.gradients.items():
-            assert store.gradients(task, name).equal(expected[frame["row"].tolist()].bfloat16().float())
-
-
-def _error_of(call):
+def error_of(call):
     """The error that a call raises on purpose or from the system, or None."""
     try:
         call()
@@ -82,85 +69,99 @@ def _error_of(call):
     return None
 
 
+@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("points", ["some", SLOW], indirect=True)
-def test_killed_at_every_system_call_a_run_can_be_finished(small, tmp_path, points):
-    """SIGKILL at call k, with half of a write done: what was committed reads back, and can be completed."""
+def test_killed_at_every_system_call_a_run_can_be_finished(tasks, truth, whole, tmp_path, how, points):
+    """SIGKILL at call k, with half of a write done."""
+    killed = 0
     for k in points:
         root = tmp_path / f"{k}.fs"
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # the child runs no other thread's code
-            child = os.fork()
-        if not child:
-            try:
-                with pytest.MonkeyPatch.context() as patch:
-                    Nth(patch, k, _kill)
-                    small.write(root)
-            finally:
-                os._exit(1)
-        _, status = os.waitpid(child, 0)
-        assert os.WIFSIGNALED(status), k
-        assert os.WTERMSIG(status) == signal.SIGKILL
-        _check_what_is_committed(root, small)
-        if root.is_dir():
-            small.write(root, durability="none")
-            assert_holds(open_store(root), small)
-            assert not [name for name in names(root / "shards") if name.startswith(".tmp-")]
+
+        def run(k=k, root=root):
+            with pytest.MonkeyPatch.context() as patch:
+                Calls(patch, killed_at(k))
+                tasks.write(root, **how)
+
+        killed += was_killed(in_a_fork(run))
+        check_and_finish(root, tasks, truth, whole)
+    assert killed >= len(points) - 2  # how often threads meet at a call varies by a few
 
 
+@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("points", ["some", SLOW], indirect=True)
-@pytest.mark.parametrize("number", [28, 5], ids=["ENOSPC", "EIO"])
-def test_failing_at_every_system_call_a_run_can_be_finished(small, tmp_path, points, number):
-    """An error at call k is raised as such, a full disk as StoreFullError, and the next attempt completes."""
+@pytest.mark.parametrize(
+    ("number", "lasting"),
+    [(errno.ENOSPC, False), (errno.ENOSPC, True), (errno.EIO, False)],
+    ids=["ENOSPC", "ENOSPC from then on", "EIO"],
+)
+def test_failing_at_every_system_call_a_run_can_be_finished(
+    tasks, truth, whole, tmp_path, how, points, number, lasting
+):
+    """The error is raised as such, a full disk as StoreFullError; the next attempt completes."""
     full = 0
     for k in points:
         root = tmp_path / f"{k}.fs"
-        seen = []
-
-        def fail(real, *args, seen=seen, **options):
-            seen.append(real.__name__)
-            raise OSError(number, os.strerror(number))
-
+        fail = FailingAt(k, number, lasting=lasting)
         with pytest.MonkeyPatch.context() as patch:
-            Nth(patch, k, fail)
-            error = _error_of(lambda root=root: small.write(root))
-        assert len(seen) == 1
-        if number == 28 and seen[0] in {"posix_fallocate", "pwrite"}:
-            assert isinstance(error, StoreFullError)
+            Calls(patch, fail)
+            error = error_of(lambda root=root: tasks.write(root, **how))
+        if number == errno.ENOSPC and fail.seen[:1] in (["posix_fallocate"], ["pwrite"]):
+            assert isinstance(error, StoreFullError), k
             full += 1
-        elif error is not None and not isinstance(error, StoreFullError):
+        elif isinstance(error, OSError):
             assert error.errno == number
-        _check_what_is_committed(root, small)
-        small.write(root, durability="none")
-        assert_holds(open_store(root), small)
-        assert not [name for name in names(root / "shards") if name.startswith(".tmp-")]
-    assert (full > 0) == (number == 28)
+        check_and_finish(root, tasks, truth, whole)
+    assert (full > 0) == (number == errno.ENOSPC)
 
 
+@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("points", ["some", SLOW], indirect=True)
-def test_failing_at_every_system_call_the_same_writer_goes_on_or_refuses(small, tmp_path, points):
-    """After a failed commit a writer either still works, or says that the store must be opened again."""
+def test_after_a_failure_the_same_writer_goes_on_or_refuses(tasks, truth, whole, tmp_path, how, points):
+    """A writer whose commit failed either still works, or says that the store must be opened again."""
     went_on = 0
     for k in points:
         root = tmp_path / f"{k}.fs"
-
-        def fail(real, *args, **options):
-            raise OSError(28, os.strerror(28))
-
         with pytest.MonkeyPatch.context() as patch:
-            Nth(patch, k, fail)
+            Calls(patch, FailingAt(k, errno.ENOSPC))
             writer = None
             with contextlib.suppress(StoreFullError, OSError):
-                writer = StoreWriter.open(root, small.header)
+                writer = StoreWriter.open(root, tasks.header, **how)
             if writer is not None:
-                error = _error_of(lambda writer=writer: small.finish(writer))
-                again = _error_of(lambda writer=writer: small.finish(writer))
-                went_on += error is not None and again is None
-                assert again is None or "open it again" in str(again)
-                with contextlib.suppress(OSError):
+                first = error_of(lambda writer=writer: tasks.finish(writer))
+                again = error_of(lambda writer=writer: tasks.finish(writer))
+                went_on += first is not None and again is None
+                # a thread that seals stops at its first error, and every later call raises it
+                assert again is None or again is first or "open it again" in str(again)
+                with contextlib.suppress(OSError, StoreError):
                     writer.close()
-        small.write(root, durability="none")
-        assert_holds(open_store(root), small)
-    assert went_on >= len(points) // 2
+        check_and_finish(root, tasks, truth, whole)
+    if not how:
+        assert went_on >= len(points) // 2
+
+
+def test_the_next_segment_opens_while_a_thread_commits_the_last(tasks, tmp_path, whole):
+    """A line that is half written by another thread is no commit that failed half-way."""
+    writing, opened = threading.Event(), threading.Event()
+
+    def hold(call):
+        if threading.current_thread().name == "fisherscope-sealer" and call.name == "pwrite":
+            writing.set()
+            assert opened.wait(30)
+        return call.go()
+
+    run = tasks.runs[0]
+    with pytest.MonkeyPatch.context() as patch:
+        Calls(patch, hold)
+        with StoreWriter.open(tmp_path / "run.fs", tasks.header, queue=2) as writer:
+            writer.declare_task(run.task, run.keys)
+            run.write_segment(writer, run.batches[0])
+            assert writing.wait(30)
+            with run.open_segment(writer, run.batches[1]) as segment:
+                opened.set()
+                run.put(segment, run.batches[1])
+                segment.commit()
+    tasks.write(tmp_path / "run.fs")
+    assert_finished(tmp_path / "run.fs", whole)
 
 
 def test_a_process_killed_in_a_segment_resumes_to_identical_content(small, root):
