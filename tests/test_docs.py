@@ -65,7 +65,10 @@ import torch
 
 assert {*store.tasks} == {"math", "code", "math_flipped"}
 assert found[parameter].shape == (2, *model.get_parameter(parameter).shape)
-stores = {"run", "smoothed", "warmer", "labels", "chosen", "small", "checkpointed", "rounded"}
+stores = {"run", "smoothed", "warmer", "labels", "chosen", "grown", "ranks", "small"}
+stores |= {"checkpointed", "rounded"}
+grown = fs.open_store("grown.fs")
+assert [grown.committed(task) for task in grown.tasks] == [16, 16]
 assert {path.name for path in Path().iterdir()} == {f"{name}.fs" for name in stores}
 first, again = fs.open_store("run.fs"), fs.open_store("checkpointed.fs")
 torch.testing.assert_close(again.fisher("math", parameter), first.fisher("math", parameter))
