@@ -85,9 +85,18 @@ def _put(out: Tensor, chunk: Chunk, values: Tensor) -> None:
     """Copy ``[heads, samples, ...]`` of a chunk to their places in ``out``, as float32."""
     places = as_slice(chunk.targets)
     if isinstance(places, slice):
-        out[:, places] = values.float()
+        out[:, places].copy_(values)  # widens on the way
     else:
         out.index_copy_(1, torch.from_numpy(places), values.float())
+
+
+def _place(out: Tensor, chunk: Chunk, values: Tensor) -> None:
+    """Copy ``[samples, ...]`` of a chunk to their places in ``out``, as float32."""
+    places = as_slice(chunk.targets)
+    if isinstance(places, slice):
+        out[places].copy_(values)
+    else:
+        out[torch.from_numpy(places)] = values.float()
 
 
 def _read_blocks(
@@ -98,9 +107,7 @@ def _read_blocks(
     for few in _pieces(chunk, 6 * dataset.columns):
         for head, where in enumerate(piece.partition):
             values = _heads(store, dataset, piece, few, slice(head, head + 1))[0]
-            values = values.float().view(-1, *shape)
-            places = as_slice(few.targets)
-            where.take(out)[places if isinstance(places, slice) else torch.from_numpy(places)] = values
+            _place(where.take(out), few, values.view(-1, *shape))
 
 
 def _heads(
