@@ -1,13 +1,13 @@
 """The contribution store: immutable HDF5 shards, committed by a journal, read without libhdf5."""
 
 from fisherscope.store.disk import Durability
-from fisherscope.store.finalize import Finalized, finalize
+from fisherscope.store.finalizing import Finalized, finalize
 from fisherscope.store.reader import ContributionStore, open_store
 from fisherscope.store.schema import FORMAT, FORMAT_VERSION, StoreHeader
 from fisherscope.store.segment import SegmentWriter
 from fisherscope.store.snapshot import Snapshot
 from fisherscope.store.verification import Finding, Verification
-from fisherscope.store.verify import verify
+from fisherscope.store.verifying import verify
 from fisherscope.store.writer import StoreWriter
 
 __all__ = [

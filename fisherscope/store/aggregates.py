@@ -2,51 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fisherscope.errors import CorruptStoreError, NotStoredError, StoreError
+from fisherscope.errors import NotStoredError
 from fisherscope.layout import ParameterSlice
 from fisherscope.linalg import Moments
 from fisherscope.store.dtypes import to_tensor
 from fisherscope.store.index import TaskIndex
-from fisherscope.store.ledger import read_ledgers
-from fisherscope.store.mapped import Checked, MappedShard
+from fisherscope.store.mapped import MappedShard
 from fisherscope.store.names import escape_path, unescape_path
-from fisherscope.store.records import ConstantsRecord
-from fisherscope.store.schema import read_header
-from fisherscope.store.shard_record import ShardRecord
-
-if TYPE_CHECKING:
-    from fisherscope.store.reader import ContributionStore
-
-
-def open_shard(store: ContributionStore, record: ShardRecord, checked: Checked) -> MappedShard:
-    """Map a shard.
-
-    Raises:
-        StoreError: another has replaced it since the store was opened.
-        CorruptStoreError: it is missing or damaged.
-    """
-    try:
-        return MappedShard(store.path, record, checked)
-    except CorruptStoreError:
-        now = read_ledgers(store.path, read_header(store.path)[1])
-        if record.file not in {shard.file for ledger in now for shard in ledger.shards()}:
-            raise StoreError(
-                f"{record.file} of {store.path} has been replaced since the store was opened: call "
-                "store.refresh()"
-            ) from None
-        raise
+from fisherscope.store.opened import OpenStore
 
 
 def mean_of(
-    store: ContributionStore,
+    store: OpenStore,
     index: TaskIndex,
     parameter: str,
     prefix: str,
@@ -62,7 +36,7 @@ def mean_of(
 
 
 def total(
-    store: ContributionStore,
+    store: OpenStore,
     index: TaskIndex,
     name: str,
     shape: tuple[int, ...] | None = None,
@@ -108,7 +82,7 @@ def _array(
     return to_tensor(np.array(view[tuple(index)], order="C"), spec.dtype)
 
 
-def _what_to_collect(store: ContributionStore, name: str) -> str:
+def _what_to_collect(store: OpenStore, name: str) -> str:
     if name.startswith(("fisher/", "mean/")) and store.header.fisher_shape == "groups":
         return (
             f"{store.path} holds group values only, not {name!r}: collect again with "
@@ -123,7 +97,7 @@ def _what_to_collect(store: ContributionStore, name: str) -> str:
     return f"{store.path} holds no aggregate {name!r}: collect again with the extension that emits it"
 
 
-def _kronecker_to_collect(store: ContributionStore, module: str) -> str:
+def _kronecker_to_collect(store: OpenStore, module: str) -> str:
     if "kronecker" not in store.header.options.get("extensions", {}):
         return f"{store.path} holds no Kronecker factors: collect again with extensions=(..., 'kronecker')"
     return (
@@ -138,7 +112,7 @@ def _extension_for(labels: str) -> str:
     return f"of labels={labels!r}: collect again with extensions=({wanted}, ...)"
 
 
-def moments(store: ContributionStore, index: TaskIndex, labels: str) -> Moments:
+def moments(store: OpenStore, index: TaskIndex, labels: str) -> Moments:
     """Moments of the group contributions under other labels than the data's, merged in order of rank.
 
     Raises:
@@ -157,10 +131,10 @@ def moments(store: ContributionStore, index: TaskIndex, labels: str) -> Moments:
     return merged
 
 
-def constants(store: ContributionStore, records: Sequence[ConstantsRecord]) -> dict[str, NDArray[Any]]:
-    """The store's constant arrays by name."""
+def constants(store: OpenStore) -> dict[str, NDArray[Any]]:
+    """The store's constant arrays by name; the lowest rank's count."""
     found: dict[str, NDArray[Any]] = {}
-    for record in records:
+    for record in (ledger.constants for ledger in store.ledgers if ledger.constants is not None):
         shard = store.shard(record.shard)
         for dataset in record.shard.datasets:
             tensor = shard.tensor(dataset.name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -16,16 +15,12 @@ from fisherscope.store.factor_plan import FactoredPlace, LowRankPlace
 from fisherscope.store.factors import position_counts, read_errors, read_factors
 from fisherscope.store.gradients import read_parameter
 from fisherscope.store.index import TaskIndex
-
-if TYPE_CHECKING:
-    from fisherscope.store.reader import ContributionStore
+from fisherscope.store.opened import OpenStore
 
 _STREAM_BYTES = 256 << 20
 
 
-def read(
-    store: ContributionStore, index: TaskIndex, parameter: str, chosen: NDArray[np.int64]
-) -> PerSampleGradient:
+def read(store: OpenStore, index: TaskIndex, parameter: str, chosen: NDArray[np.int64]) -> PerSampleGradient:
     """Gradients of some samples as they are stored."""
     place = store.gradient_plan.places[parameter]
     size = int(_sample_bytes(store, index, parameter, chosen).max(initial=0))
@@ -35,9 +30,7 @@ def read(
     return read_factors(store, index, place, chosen)
 
 
-def stream(
-    store: ContributionStore, index: TaskIndex, parameter: str
-) -> Iterator[tuple[slice, PerSampleGradient]]:
+def stream(store: OpenStore, index: TaskIndex, parameter: str) -> Iterator[tuple[slice, PerSampleGradient]]:
     """All samples in order, in pieces that fit the memory budget."""
     every = np.arange(len(index))
     sizes = _sample_bytes(store, index, parameter, every)
@@ -60,7 +53,7 @@ def _end_of_piece(sizes: NDArray[np.int64], start: int, budget: int) -> int:
 
 
 def _sample_bytes(
-    store: ContributionStore, index: TaskIndex, parameter: str, chosen: NDArray[np.int64]
+    store: OpenStore, index: TaskIndex, parameter: str, chosen: NDArray[np.int64]
 ) -> NDArray[np.int64]:
     """Bytes of each sample in memory, as it is stored but in float32, ``[n]``."""
     place, shape = store.gradient_plan.places[parameter], store.layout.parameter(parameter).shape
@@ -69,7 +62,7 @@ def _sample_bytes(
     return position_counts(store, index, place, chosen) * 4 * sum(shape)
 
 
-def errors(store: ContributionStore, index: TaskIndex) -> pd.DataFrame:
+def errors(store: OpenStore, index: TaskIndex) -> pd.DataFrame:
     """The table of :meth:`ContributionStore.encoding_errors`."""
     chosen = np.arange(len(index))
     ids = pd.Index([f"{index.task.name}_{row}" for row in index.rows], name="id", dtype="str")

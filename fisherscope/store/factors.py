@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,10 +18,8 @@ from fisherscope.store.factor_plan import FactoredPlace, LowRankPlace, RowsDatas
 from fisherscope.store.index import Chunk, TaskIndex
 from fisherscope.store.mapped import MappedShard, as_slice
 from fisherscope.store.memory import PIECE_BYTES
+from fisherscope.store.opened import OpenStore
 from fisherscope.store.presence import require
-
-if TYPE_CHECKING:
-    from fisherscope.store.reader import ContributionStore
 
 FactorPlace = FactoredPlace | LowRankPlace
 EVERYTHING = slice(None)
@@ -130,7 +127,7 @@ class Terms:
             start = some.stop
 
 
-def terms_of(store: ContributionStore, chunk: Chunk, place: FactorPlace) -> Terms:
+def terms_of(store: OpenStore, chunk: Chunk, place: FactorPlace) -> Terms:
     """The factors of a segment, with the bytes of a chunk's samples checked.
 
     Raises:
@@ -154,7 +151,7 @@ def _bounds(shard: MappedShard, family: str, n: int) -> NDArray[np.int64]:
     return bounds
 
 
-def _rows(store: ContributionStore, shard: MappedShard, rows: RowsDataset, n: int, total: int) -> _Rows:
+def _rows(store: OpenStore, shard: MappedShard, rows: RowsDataset, n: int, total: int) -> _Rows:
     dtype = store.header.encodings.dtype
     shape = rows.shape(n, total)
     values = shard.view(rows.name, shape, dtype).reshape(-1, rows.columns)
@@ -212,7 +209,7 @@ def put(out: Tensor, chunk: Chunk, values: Tensor) -> None:
 
 
 def read_factors(
-    store: ContributionStore, index: TaskIndex, place: FactorPlace, chosen: NDArray[np.int64]
+    store: OpenStore, index: TaskIndex, place: FactorPlace, chosen: NDArray[np.int64]
 ) -> Factored:
     """Factors of some samples, padded with zeros: a :class:`LowRank` where the store is one."""
     chunks = [(chunk, terms_of(store, chunk, place)) for chunk in index.chunks(chosen)]
@@ -236,7 +233,7 @@ def read_factors(
 
 
 def read_errors(
-    store: ContributionStore, index: TaskIndex, place: LowRankPlace, chosen: NDArray[np.int64]
+    store: OpenStore, index: TaskIndex, place: LowRankPlace, chosen: NDArray[np.int64]
 ) -> NDArray[np.float32]:
     """Relative errors of some samples, ``[n]``; NaN where their gradients were left out."""
     out = np.full(len(chosen), np.nan, dtype=np.float32)
@@ -250,7 +247,7 @@ def read_errors(
 
 
 def position_counts(
-    store: ContributionStore, index: TaskIndex, place: FactorPlace, chosen: NDArray[np.int64]
+    store: OpenStore, index: TaskIndex, place: FactorPlace, chosen: NDArray[np.int64]
 ) -> NDArray[np.int64]:
     """How many outer products the gradients of some samples have, ``[n]``.
 

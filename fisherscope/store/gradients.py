@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,15 +18,11 @@ from fisherscope.store.gradient_plan import BlockDataset, Piece, WholeDataset
 from fisherscope.store.index import Chunk, TaskIndex
 from fisherscope.store.mapped import as_slice
 from fisherscope.store.memory import PIECE_BYTES
+from fisherscope.store.opened import OpenStore
 from fisherscope.store.presence import require
 
-if TYPE_CHECKING:
-    from fisherscope.store.reader import ContributionStore
 
-
-def read_parameter(
-    store: ContributionStore, index: TaskIndex, parameter: str, chosen: NDArray[np.int64]
-) -> Tensor:
+def read_parameter(store: OpenStore, index: TaskIndex, parameter: str, chosen: NDArray[np.int64]) -> Tensor:
     """Gradients of some samples for a whole parameter, ``[n, *shape]``."""
     place = store.gradient_plan.places[parameter]
     make = torch.zeros if isinstance(place, FactoredPlace | LowRankPlace) else torch.empty
@@ -45,7 +40,7 @@ def read_parameter(
 
 
 def read_heads(
-    store: ContributionStore,
+    store: OpenStore,
     index: TaskIndex,
     partition: Partition,
     chosen: NDArray[np.int64],
@@ -99,9 +94,7 @@ def _place(out: Tensor, chunk: Chunk, values: Tensor) -> None:
         out[torch.from_numpy(places)] = values.float()
 
 
-def _read_blocks(
-    store: ContributionStore, dataset: BlockDataset, piece: Piece, chunk: Chunk, out: Tensor
-) -> None:
+def _read_blocks(store: OpenStore, dataset: BlockDataset, piece: Piece, chunk: Chunk, out: Tensor) -> None:
     """Bring the heads of one block to their places in ``out [n, *shape]``, one head at a time."""
     shape = piece.partition.slice_shape
     for few in _pieces(chunk, 6 * dataset.columns):
@@ -110,9 +103,7 @@ def _read_blocks(
             _place(where.take(out), few, values.view(-1, *shape))
 
 
-def _heads(
-    store: ContributionStore, dataset: BlockDataset, piece: Piece, chunk: Chunk, heads: slice
-) -> Tensor:
+def _heads(store: OpenStore, dataset: BlockDataset, piece: Piece, chunk: Chunk, heads: slice) -> Tensor:
     """Some heads of some samples, ``[heads, samples, columns]`` of the stored type, or float32."""
     dtype, n = store.header.gradient_dtype, len(chunk.segment.rows)
     shard = store.shard(chunk.segment.shard)
@@ -126,7 +117,7 @@ def _heads(
     return from_half(values, torch.from_numpy(scales)[..., 0])
 
 
-def _read_whole(store: ContributionStore, place: WholeDataset, chunk: Chunk, out: Tensor) -> None:
+def _read_whole(store: OpenStore, place: WholeDataset, chunk: Chunk, out: Tensor) -> None:
     """Bring the samples of a chunk to their places in ``out [n, *shape]``."""
     shape = place.shape(len(chunk.segment.rows))
     # a large table is read some of its rows at a time
@@ -139,7 +130,7 @@ def _read_whole(store: ContributionStore, place: WholeDataset, chunk: Chunk, out
             out[where, rows] = _whole(store, place, few, rows)
 
 
-def _whole(store: ContributionStore, place: WholeDataset, chunk: Chunk, rows: slice) -> Tensor:
+def _whole(store: OpenStore, place: WholeDataset, chunk: Chunk, rows: slice) -> Tensor:
     """Some rows of a parameter for some samples, ``[samples, rows, ...]`` float32."""
     dtype, shape = store.header.gradient_dtype, place.shape(len(chunk.segment.rows))
     shard = store.shard(chunk.segment.shard)

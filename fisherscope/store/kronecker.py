@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -11,9 +10,7 @@ from fisherscope.errors import CorruptStoreError, NotStoredError
 from fisherscope.layout import HeadBlock
 from fisherscope.store import aggregates, lookup
 from fisherscope.store.index import TaskIndex
-
-if TYPE_CHECKING:
-    from fisherscope.store.reader import ContributionStore
+from fisherscope.store.opened import OpenStore
 
 
 @dataclass(frozen=True)
@@ -80,7 +77,7 @@ class KroneckerFactors:
         return replace(self, S=self.S[cut, cut], blocks=())
 
 
-def read_factors(store: ContributionStore, index: TaskIndex, module: str) -> KroneckerFactors:
+def read_factors(store: OpenStore, index: TaskIndex, module: str) -> KroneckerFactors:
     """The factors of one linear map, merged over ranks.
 
     Raises:

@@ -89,7 +89,7 @@ def refuse_beyond(budget: int, what: str, samples: int, sample_bytes: int) -> No
     if samples <= (most := fitting(sample_bytes, budget)):
         return
     hint = (
-        f"samples=slice(0, {most}) fits, and store.stream() gives one piece after the other"
+        f"samples=slice(0, {most}) fits, and of gradients store.stream() gives one piece after the other"
         if most
         else "not even one fits: read single heads with store.slice()"
     )

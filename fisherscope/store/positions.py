@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -12,14 +10,12 @@ from torch import Tensor
 from fisherscope.errors import NotStoredError
 from fisherscope.store import lookup
 from fisherscope.store.index import TaskIndex
+from fisherscope.store.opened import OpenStore
 from fisherscope.store.tables import ragged
-
-if TYPE_CHECKING:
-    from fisherscope.store.reader import ContributionStore
 
 
 def read_contributions(
-    store: ContributionStore,
+    store: OpenStore,
     index: TaskIndex,
     parameter: str,
     chosen: NDArray[np.int64],

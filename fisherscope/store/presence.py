@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from fisherscope.errors import NotStoredError
 from fisherscope.store.factor_plan import FactoredPlace, LowRankPlace
 from fisherscope.store.gradient_plan import Place, WholeDataset
 from fisherscope.store.index import Chunk
-
-if TYPE_CHECKING:
-    from fisherscope.store.reader import ContributionStore
+from fisherscope.store.opened import OpenStore
 
 
-def require(store: ContributionStore, chunk: Chunk, place: Place) -> None:
+def require(store: OpenStore, chunk: Chunk, place: Place) -> None:
     """Raise if the gradients of a chunk's samples were left out.
 
     Raises:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import builtins
 import math
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -15,21 +14,14 @@ import xarray as xr
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fisherscope.layout import GroupTable, ModelLayout, ParameterSlice
+from fisherscope.layout import ParameterSlice
 from fisherscope.layout.attention import Part
 from fisherscope.linalg import PerSampleGradient
 from fisherscope.store import aggregates, encoded, gradients, kronecker, lookup, memory, positions, tables
-from fisherscope.store.gradient_plan import GradientPlan
-from fisherscope.store.index import TaskIndex, build_index
 from fisherscope.store.kronecker import KroneckerFactors
-from fisherscope.store.ledger import Ledger, read_ledgers
-from fisherscope.store.mapped import Checked, MappedShard
-from fisherscope.store.schema import StoreHeader, read_header
-from fisherscope.store.shard_record import ShardRecord
+from fisherscope.store.opened import OpenStore
 
 Samples: TypeAlias = slice | Sequence[int] | NDArray[np.int64] | None
-
-_OPEN_SHARDS = 128  # each map holds a file descriptor
 
 
 def open_store(path: str | Path, memory_budget: int | str | None = None) -> ContributionStore:
@@ -52,7 +44,7 @@ def open_store(path: str | Path, memory_budget: int | str | None = None) -> Cont
     return ContributionStore(path, memory_budget)
 
 
-class ContributionStore:
+class ContributionStore(OpenStore):
     """A contribution store, read-only. Picklable (by its path); files are opened when they are needed.
 
     Samples always come in task order. ``samples=`` takes a slice or a list of positions in the table
@@ -61,75 +53,8 @@ class ContributionStore:
     Attributes:
         path: the store's directory.
         header: what the store is a store of.
-        memory_budget: bytes that one call for gradients may take, result included.
+        memory_budget: bytes that one call for samples' values may take, result included.
     """
-
-    path: Path
-    header: StoreHeader
-
-    def __init__(self, path: str | Path, memory_budget: int | str | None = None) -> None:
-        self.path = Path(path).absolute()
-        self._asked = memory_budget
-        self.memory_budget = memory.budget_of(memory_budget)
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Look again at what is committed.
-
-        Raises:
-            StoreFormatError: the directory is not a store, or one of another format version.
-            CorruptStoreError: the journals or ``store.json`` are damaged.
-        """
-        self.header, digest = read_header(self.path)
-        self._ledgers: list[Ledger] = read_ledgers(self.path, digest)
-        self._index = build_index(self.path, self._ledgers)
-        self._shards: OrderedDict[str, MappedShard] = OrderedDict()
-        self._checked: dict[str, Checked] = {}
-
-    def __reduce__(self) -> tuple[type[ContributionStore], tuple[Path, int | str | None]]:
-        return type(self), (self.path, self._asked)
-
-    @property
-    def layout(self) -> ModelLayout:
-        """Where each head lives inside each parameter."""
-        return self.header.layout
-
-    @property
-    def parameters(self) -> tuple[str, ...]:
-        """The instrumented parameters."""
-        return self.header.parameters
-
-    @property
-    def gradient_parameters(self) -> tuple[str, ...]:
-        """The parameters whose per-sample gradients are stored."""
-        return self.header.gradient_parameters
-
-    @property
-    def group_table(self) -> GroupTable:
-        """The groups, in the order of :meth:`groups` and :meth:`group_values`."""
-        return self.header.groups
-
-    @property
-    def provenance(self) -> dict[str, Any]:
-        """Versions, model name, dtype and device of the run that began the store."""
-        return self.header.provenance
-
-    @property
-    def tasks(self) -> list[str]:
-        """Names of the tasks, in order of declaration."""
-        return list(self._index)
-
-    def is_complete(self, task: str) -> bool:
-        """Whether all samples of a task, and its aggregates, are committed."""
-        return self._task(task).complete
-
-    def n(self, task: str) -> int:
-        """Number of samples of a task, committed or not."""
-        return self._task(task).task.n
-
-    def committed(self, task: str) -> int:
-        """Number of committed samples of a task: all of them if it is complete."""
-        return len(self._task(task))
 
     def samples(self, task: str) -> pd.DataFrame:
         """The committed samples of a task, in task order.
@@ -413,7 +338,7 @@ class ContributionStore:
 
     def constants(self) -> dict[str, NDArray[Any]]:
         """Arrays that hold for the whole store, such as ``groups/theta_square``."""
-        return aggregates.constants(self, [r.constants for r in self._ledgers if r.constants])
+        return aggregates.constants(self)
 
     def groups(self, task: str, labels: str = "data") -> pd.DataFrame:
         """Contributions per group, over all committed samples of a task, in float64.
@@ -436,41 +361,13 @@ class ContributionStore:
             Dimensions sample, group; coordinates id, row, tokens and the columns of the group table.
         """
         index = self._task(task)
-        return tables.group_values(self, index, index.select(samples))
+        chosen = index.select(samples)
+        memory.refuse_beyond(self.memory_budget, "group values", len(chosen), 8 * len(self.group_table))
+        return tables.group_values(self, index, chosen)
 
     def group_contributions(self, task: str) -> NDArray[np.float64]:
         """Contributions per sample and group, ``[n, groups]``: the group's sum of C_i = h_i ** 2."""
         return tables.group_contributions(self, self._task(task))
-
-    def shard(self, record: ShardRecord) -> MappedShard:
-        """A shard, mapped; the last ones used stay open."""
-        if record.file not in self._shards:
-            checked = self._checked.setdefault(record.file, {})
-            self._shards[record.file] = aggregates.open_shard(self, record, checked)
-            if len(self._shards) > _OPEN_SHARDS:
-                self._shards.popitem(last=False)
-        self._shards.move_to_end(record.file)
-        return self._shards[record.file]
-
-    @property
-    def gradient_plan(self) -> GradientPlan:
-        """Where the gradients of each parameter lie."""
-        return self.header.gradients
-
-    def task_index(self, task: str) -> TaskIndex:
-        """Where each committed sample of a task lies."""
-        return self._task(task)
-
-    @property
-    def ledgers(self) -> list[Ledger]:
-        """The replayed journals, in order of rank."""
-        return self._ledgers
-
-    def _task(self, task: str) -> TaskIndex:
-        try:
-            return self._index[task]
-        except KeyError:
-            raise KeyError(f"{self.path} has no task {task!r}: it has {self.tasks}") from None
 
     def __repr__(self) -> str:
         return tables.representation(self)

@@ -25,7 +25,7 @@ FORMAT_VERSION = 1
 HEADER_FILE = "store.json"
 JOURNAL_DIRECTORY = "journal"
 SHARD_DIRECTORY = "shards"
-MAX_HEADER_BYTES = 256 << 20
+MAX_HEADER_BYTES = 64 << 20
 MAX_PIECES = 1 << 25
 
 FISHER_SHAPES = ("full", "groups")

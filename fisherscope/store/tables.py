@@ -5,7 +5,7 @@ from __future__ import annotations
 import html as html_module
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,15 +18,13 @@ from fisherscope.linalg.normalization import factors
 from fisherscope.store import aggregates
 from fisherscope.store.index import Chunk, TaskIndex
 from fisherscope.store.keys import read_keys
+from fisherscope.store.opened import OpenStore
 from fisherscope.store.plan import SAMPLE_COLUMNS
-
-if TYPE_CHECKING:
-    from fisherscope.store.reader import ContributionStore
 
 _CHUNK_BYTES = 32 << 20
 
 
-def column(store: ContributionStore, index: TaskIndex, name: str) -> NDArray[Any]:
+def column(store: OpenStore, index: TaskIndex, name: str) -> NDArray[Any]:
     """One of the ``sample/*`` datasets over all committed samples, in task order."""
     dtype = SAMPLE_COLUMNS[name]
     out = np.empty(len(index), dtype=dtype)
@@ -36,7 +34,7 @@ def column(store: ContributionStore, index: TaskIndex, name: str) -> NDArray[Any
     return out
 
 
-def samples(store: ContributionStore, index: TaskIndex) -> pd.DataFrame:
+def samples(store: OpenStore, index: TaskIndex) -> pd.DataFrame:
     """The table of :meth:`ContributionStore.samples`."""
     task = index.task.name
     if not np.array_equal(column(store, index, "sample/row"), index.rows):
@@ -59,7 +57,7 @@ def samples(store: ContributionStore, index: TaskIndex) -> pd.DataFrame:
     return frame if texts is None else frame.assign(text=pd.Series(texts, dtype="str"))
 
 
-def _texts(store: ContributionStore, index: TaskIndex) -> list[str | None] | None:
+def _texts(store: OpenStore, index: TaskIndex) -> list[str | None] | None:
     texts: list[str | None] = [None] * len(index)
     stored = False
     for chunk in index.chunks(np.arange(len(index))):
@@ -74,7 +72,7 @@ def _texts(store: ContributionStore, index: TaskIndex) -> list[str | None] | Non
 
 
 def ragged(
-    store: ContributionStore, chunk: Chunk, family: str, name: str, dtype: str, columns: tuple[int, ...] = ()
+    store: OpenStore, chunk: Chunk, family: str, name: str, dtype: str, columns: tuple[int, ...] = ()
 ) -> Iterator[NDArray[Any]]:
     """The values of each sample of a chunk, of one ragged dataset: ``[entries, *columns]``."""
     shard, n = store.shard(chunk.segment.shard), len(chunk.segment.rows)
@@ -91,9 +89,7 @@ def ragged(
         yield np.array(values[start:stop])
 
 
-def token_ids(
-    store: ContributionStore, index: TaskIndex, row: int
-) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+def token_ids(store: OpenStore, index: TaskIndex, row: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Input ids and labels of one row."""
     place = int(np.searchsorted(index.rows, row))
     if place == len(index) or index.rows[place] != row:
@@ -106,7 +102,7 @@ def token_ids(
     return ids, labels
 
 
-def token_types(store: ContributionStore, index: TaskIndex, row: int) -> NDArray[np.int32] | None:
+def token_types(store: OpenStore, index: TaskIndex, row: int) -> NDArray[np.int32] | None:
     """Token types of one row; None where the task has none."""
     place = int(np.searchsorted(index.rows, row))
     (chunk,) = index.chunks(np.array([place]))
@@ -117,7 +113,7 @@ def token_types(store: ContributionStore, index: TaskIndex, row: int) -> NDArray
 
 
 def group_rows(
-    store: ContributionStore, index: TaskIndex, name: str, chosen: NDArray[np.int64]
+    store: OpenStore, index: TaskIndex, name: str, chosen: NDArray[np.int64]
 ) -> NDArray[np.float32]:
     """``groups/square`` or ``groups/dot`` of some samples, ``[n, groups]``."""
     width = len(store.header.groups)
@@ -128,24 +124,24 @@ def group_rows(
     return out
 
 
-def squared_factors(store: ContributionStore, index: TaskIndex) -> NDArray[np.float64]:
+def squared_factors(store: OpenStore, index: TaskIndex) -> NDArray[np.float64]:
     """The factor by which C_i = h_i ** 2 differs from g_i ** 2, ``[n]``."""
     tokens = np.maximum(column(store, index, "sample/tokens"), 1)
     return factors(tokens, store.header.normalization) ** 2
 
 
-def group_contributions(store: ContributionStore, index: TaskIndex) -> NDArray[np.float64]:
+def group_contributions(store: OpenStore, index: TaskIndex) -> NDArray[np.float64]:
     """Contributions per sample and group."""
     squares = group_rows(store, index, "groups/square", np.arange(len(index)))
     return np.multiply(squares, squared_factors(store, index)[:, None], dtype=np.float64)
 
 
-def groups(store: ContributionStore, index: TaskIndex, labels: str) -> pd.DataFrame:
+def groups(store: OpenStore, index: TaskIndex, labels: str) -> pd.DataFrame:
     """The table of :meth:`ContributionStore.groups`."""
     frame = store.header.groups.frame()
     moments = _moments(store, index) if labels == "data" else aggregates.moments(store, index, labels)
     size = frame["size"].to_numpy()
-    theta = store.constants().get("groups/theta_square")
+    theta = aggregates.constants(store).get("groups/theta_square")
     if theta is not None and theta.shape != (len(frame),):
         raise CorruptStoreError(f"{store.path}: groups/theta_square has shape {theta.shape}")
     return frame.assign(
@@ -157,7 +153,7 @@ def groups(store: ContributionStore, index: TaskIndex, labels: str) -> pd.DataFr
     )
 
 
-def _moments(store: ContributionStore, index: TaskIndex) -> Moments:
+def _moments(store: OpenStore, index: TaskIndex) -> Moments:
     """Of the group contributions; rows of a task are read in order, in bounded pieces."""
     factors = squared_factors(store, index)
     width = len(store.header.groups)
@@ -170,7 +166,7 @@ def _moments(store: ContributionStore, index: TaskIndex) -> Moments:
     return moments
 
 
-def group_values(store: ContributionStore, index: TaskIndex, chosen: NDArray[np.int64]) -> xr.Dataset:
+def group_values(store: OpenStore, index: TaskIndex, chosen: NDArray[np.int64]) -> xr.Dataset:
     """The dataset of :meth:`ContributionStore.group_values`."""
     rows = index.rows[chosen]
     frame = store.header.groups.frame()
@@ -190,7 +186,7 @@ def group_values(store: ContributionStore, index: TaskIndex, chosen: NDArray[np.
     )
 
 
-def _lines(store: ContributionStore) -> list[tuple[str, str]]:
+def _lines(store: OpenStore) -> list[tuple[str, str]]:
     return [
         (
             task,
@@ -201,7 +197,7 @@ def _lines(store: ContributionStore) -> list[tuple[str, str]]:
     ]
 
 
-def representation(store: ContributionStore) -> str:
+def representation(store: OpenStore) -> str:
     """One line in words."""
     tasks = ", ".join(f"{task}: {text}" for task, text in _lines(store)) or "no tasks"
     return (
@@ -211,7 +207,7 @@ def representation(store: ContributionStore) -> str:
     )
 
 
-def html(store: ContributionStore) -> str:
+def html(store: OpenStore) -> str:
     """A small table for notebooks."""
     rows = "".join(
         f"<tr><td>{html_module.escape(task)}</td><td>{html_module.escape(text)}</td></tr>"

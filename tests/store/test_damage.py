@@ -270,9 +270,9 @@ def test_a_reader_sees_what_was_committed_when_it_looked(small, root):
 
 def test_many_shards_do_not_exhaust_file_descriptors(small, root, monkeypatch):
     """Only the last used shards stay open, and what was checked once is not checked again."""
-    from fisherscope.store import mapped, reader
+    from fisherscope.store import mapped, opened
 
-    monkeypatch.setattr(reader, "_OPEN_SHARDS", 1)
+    monkeypatch.setattr(opened, "_OPEN_SHARDS", 1)
     small.write(root)
     store = open_store(root)
     store.gradients("math", "h.0.q.weight")

@@ -155,7 +155,7 @@ def test_shards_stay_below_their_largest_size(root, monkeypatch):
     run = Run(header_of(toy_layout()), n=7, batches=BATCHES)
     run.write(root)
     size = (root / "shards" / "r0000-000003.h5").stat().st_size
-    monkeypatch.setattr(sys.modules["fisherscope.store.finalize"], "SHARD_BYTES", 3 * size)
+    monkeypatch.setattr(sys.modules["fisherscope.store.finalizing"], "SHARD_BYTES", 3 * size)
     finalize(root)
     ledger = open_store(root).ledgers[0]
     assert sorted(len(s.rows) for s in ledger.segments[run.task].values()) == [1, 3, 3]

@@ -239,7 +239,7 @@ def test_what_is_no_store_is_an_error(tmp_path, written):
 def test_a_store_that_is_being_written_has_nothing_wrong(small, root, monkeypatch):
     """Snapshots that are replaced while verify looks are not missing."""
 
-    module = __import__("fisherscope.store.verify", fromlist=["check_shard"])
+    module = __import__("fisherscope.store.verifying", fromlist=["check_shard"])
     with StoreWriter.open(root, small.header) as writer:
         writer.declare_task(small.task, small.keys)
         small.write_segment(writer, [3, 1])
