@@ -57,6 +57,7 @@ class Collection:
     _pace: Pace = field(default_factory=Pace, init=False)
     _cadence: Cadence = field(init=False)
     _done: set[int] = field(default_factory=set, init=False)
+    _covered: set[int] = field(default_factory=set, init=False)
     _parts: int = field(default=1, init=False)
     _applied: list[int] = field(default_factory=list, init=False)
 
@@ -85,7 +86,7 @@ class Collection:
 
     def _run_task(self, task: TaskPlan) -> None:
         committed = self.writer.committed_rows(task.name)
-        covered = self.writer.aggregated_batches(task.name)
+        covered = self._covered = self.writer.aggregated_batches(task.name)
         collectors, self._done = self.collectors(task)
         self._applied.clear()
         share = self.plan.share(task)
@@ -277,12 +278,13 @@ class Collection:
 
     def _stop_if_asked(self, task: TaskPlan, collectors: Sequence[Collector]) -> None:
         share = self.plan.share(task)
-        if self.stop.signal is None or self._done.issuperset(share):
+        done = (self._done | self._covered).intersection(share)
+        if self.stop.signal is None or len(done) == len(share):
             return
         self.snapshot(task, collectors)
         name = signal.Signals(self.stop.signal).name
         raise Interrupted(
-            f"stopped by {name}: {len(self._done.intersection(share))} of {len(share)} batches of task "
+            f"stopped by {name}: {len(done)} of {len(share)} batches of task "
             f"{task.name!r} are sealed in {self.writer.path}. The same command resumes: {resume_command()}",
             self.stop.signal,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fisherscope.instrument.data import Sample
 from fisherscope.instrument.extensions import ExactPerToken, Fisher, Kronecker, Positions, SampleGradients
@@ -31,6 +31,7 @@ class Estimate:
         seconds: how long the run takes, measured on some of its batches; None where nothing was.
         cheaper: other encodings of gradients and the bytes on the disk with them, as far as they take fewer;
             where it was not looked at which inputs are shared, factors may take still less.
+        tasks: number of samples of each task.
     """
 
     samples: int
@@ -42,6 +43,7 @@ class Estimate:
     memory_bytes: int = 0
     seconds: float | None = None
     cheaper: tuple[tuple[str, int], ...] = ()
+    tasks: Mapping[str, int] = field(default_factory=dict)
 
     def rows(self) -> list[tuple[str, str]]:
         """What there is, in words: quantity and amount."""
@@ -150,6 +152,7 @@ def estimate_bytes(
         aggregate_bytes=aggregates * len(samples),
         disk_bytes=disk,
         accumulator_bytes=aggregates,
+        tasks={name: len(rows) for name, rows in samples.items()},
         cheaper=tuple((words, disk - math.floor(len(every) * less)) for words, less in saved),
     )
 

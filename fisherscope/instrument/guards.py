@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -12,18 +12,17 @@ from torch import nn
 
 from fisherscope.errors import CoverageError, StoreError, StoreFullError
 from fisherscope.instrument.estimate import Estimate
-from fisherscope.store import open_store
+from fisherscope.store import StoreWriter, open_store
 
 
 @contextmanager
-def nothing_half_written(path: Path) -> Iterator[None]:
-    """Take away a store that this call began and that fails before it has committed a sample."""
-    is_new = not path.exists()
+def nothing_half_written(writer: StoreWriter) -> Iterator[None]:
+    """Take away a store that this writer began and that fails before it has committed a sample."""
     try:
         yield
     except Exception:
-        if is_new and path.is_dir() and not _has_samples(path):
-            shutil.rmtree(path)
+        with suppress(Exception):  # what went wrong is to be told, and on any doubt the store stays
+            writer.remove_if_empty()
         raise
 
 
@@ -42,12 +41,15 @@ def refuse_changed_gradients(model: nn.Module) -> None:
         )
 
 
-def _has_samples(path: Path) -> bool:
+def _there(estimate: Estimate, path: Path) -> int:
+    """Bytes of the estimate that a store holds already."""
     try:
         store = open_store(path)
-    except StoreError:
-        return False
-    return any(store.committed(task) for task in store.tasks)
+    except (StoreError, OSError):
+        return 0
+    done = sum(min(store.committed(task), n) for task, n in estimate.tasks.items() if task in store.tasks)
+    aggregated = sum(task in store.tasks and store.fisher_count(task) > 0 for task in estimate.tasks)
+    return done * estimate.bytes_per_sample + aggregated * estimate.accumulator_bytes
 
 
 def refuse_if_disk_is_small(estimate: Estimate, path: Path) -> None:
@@ -59,7 +61,7 @@ def refuse_if_disk_is_small(estimate: Estimate, path: Path) -> None:
     parent = path.absolute()
     while not parent.exists():
         parent = parent.parent
-    there = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else 0
+    there = _there(estimate, path)
     needed, free = estimate.disk_bytes - there, shutil.disk_usage(parent).free
     if needed > free:
         ways = [f"SampleGradients({words}): {size - there:,}" for words, size in estimate.cheaper]

@@ -48,8 +48,14 @@ class CollectOptions:
     def __post_init__(self) -> None:
         for name in ("max_length", "max_samples"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be a positive number or None, got {value}")
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} must be a positive whole number or None, got {value!r}")
+        for name in ("rank", "world_size", "seed"):
+            if type(getattr(self, name)) is not int:
+                raise ValueError(f"{name} must be a whole number, got {getattr(self, name)!r}")
+        for name in ("store_text", "deterministic", "resume", "force", "quiet"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.batch_size != "auto" and (type(self.batch_size) is not int or self.batch_size < 1):
             raise ValueError(f"batch_size must be a positive number or 'auto', got {self.batch_size!r}")
         if self.memory_budget is not None:
@@ -65,6 +71,8 @@ class CollectOptions:
             raise ValueError(
                 f"rank={self.rank} of world_size={self.world_size}: ranks are 0 to world_size - 1"
             )
+        if self.world_size > 1 and not self.resume:
+            raise ValueError("resume=False with several ranks: they join one store, so name a new directory")
         if self.durability not in {"power", "process", "none"}:
             raise ValueError(f"durability={self.durability!r}: use 'power', 'process' or 'none'")
         object.__setattr__(self, "extensions", resolve_extensions(self.extensions))

@@ -216,7 +216,7 @@ class Scope:
             store_text: keep the samples' texts in the store, for reports.
             durability: "power" survives power loss, "process" survives kill -9, "none" promises nothing.
             deterministic: use deterministic algorithms only.
-            resume: False refuses to continue an existing store.
+            resume: False refuses to continue an existing store; ranks have to join one, and leave it True.
             rank: which of ``world_size`` processes this is; each makes the same call with its own rank, and
                 takes its share of the batches.
             world_size: how many processes collect into this store at once.
@@ -260,8 +260,6 @@ class Scope:
         header = self._planner.header(plan)
         refuse_if_disk_is_small(plan.estimate, path)
         with ExitStack() as stack:
-            if world_size == 1:
-                stack.enter_context(nothing_half_written(path))
             writer = stack.enter_context(
                 StoreWriter.open(
                     path,
@@ -269,9 +267,11 @@ class Scope:
                     rank=rank,
                     durability=options.durability,
                     resume=options.resume,
+                    world_size=world_size,
                     queue=SEALED_AHEAD,
                 )
             )
+            stack.enter_context(nothing_half_written(writer))
             plan = plan.settled(writer)
             stop = stack.enter_context(stop_on_signals())
             stack.enter_context(random_state(options.seed, deterministic=options.deterministic))

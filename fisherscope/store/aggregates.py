@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fisherscope.errors import NotStoredError
+from fisherscope.errors import CorruptStoreError, NotStoredError
 from fisherscope.layout import ParameterSlice
 from fisherscope.linalg import Moments
 from fisherscope.store.dtypes import to_tensor
@@ -67,6 +67,9 @@ def _array(
     shard: MappedShard, name: str, shape: tuple[int, ...] | None, piece: ParameterSlice | None
 ) -> Tensor:
     spec = shard.dataset(name).spec
+    is_count = name.startswith("kronecker/positions/") or name.endswith("/count")
+    if spec.dtype not in (("int64",) if is_count else ("float32", "float64")):
+        raise CorruptStoreError(f"{shard.path}: {name!r} cannot be {spec.dtype}: restore it from a copy")
     view = shard.view(name, spec.shape if shape is None else shape, spec.dtype)
     if piece is None:
         return shard.tensor(name)

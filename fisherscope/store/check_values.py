@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from fisherscope.errors import CorruptStoreError
 from fisherscope.store import disk
+from fisherscope.store.check_aggregates import aggregate_problems
 from fisherscope.store.check_shard import ShardCheck
 from fisherscope.store.plan import RAGGED, SegmentPlan
 from fisherscope.store.records import ConstantsRecord, SegmentRecord, SnapshotRecord
@@ -46,7 +47,11 @@ def check_values(
         known = {d.name: d for d in shard.datasets if d.name not in check.damaged}
     except CorruptStoreError:  # a finding already
         return []
-    if isinstance(record, ConstantsRecord) or not check.whole:
+    if not isinstance(record, SegmentRecord):
+        wrong = [] if header is None else list(aggregate_problems(known, header))
+        if wrong or isinstance(record, ConstantsRecord):
+            return [Finding(f"{SHARD_DIRECTORY}/{shard.file}", message, name) for name, message in wrong]
+    if not check.whole:
         return []
     fd = disk.open_inside(root, SHARD_DIRECTORY, shard.file)
     try:

@@ -5,11 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from fisherscope.errors import StoreLockedError
 from fisherscope.store import disk, lifecycle
 from fisherscope.store.disk import Durability
-from fisherscope.store.journal import Journal, Line
-from fisherscope.store.ledger import Ledger, read_ledgers, settle
-from fisherscope.store.records import JournalStart, Record, TaskRecord, decode, encode, shard_name
+from fisherscope.store.journal import Journal, Line, is_at_work
+from fisherscope.store.journal import ranks as journal_ranks
+from fisherscope.store.keys import remove_unreferenced
+from fisherscope.store.ledger import Ledger, read_ledger, settle
+from fisherscope.store.records import (
+    JournalStart,
+    Record,
+    ShareRecord,
+    TaskRecord,
+    decode,
+    encode,
+    shard_name,
+)
 from fisherscope.store.schema import FORMAT_VERSION, SHARD_DIRECTORY, StoreHeader
 from fisherscope.store.shard import ShardFile
 from fisherscope.store.shard_record import ShardRecord
@@ -36,6 +47,8 @@ class Commits:
         journal: Journal,
         ledger: Ledger,
         durability: Durability,
+        *,
+        is_new: bool,
     ) -> None:
         """Use :meth:`open`."""
         self.path = path
@@ -46,37 +59,58 @@ class Commits:
         self.bytes_written = 0
         self._digest = digest
         self._journal = journal
-        self._created = 0
-        self._unsynced: list[Path] = []
+        self._shards = 0
+        self._is_new = is_new
+        self._unsynced = False
 
     @classmethod
     def open(
-        cls, root: Path, header: StoreHeader, *, rank: int, durability: Durability, resume: bool = True
+        cls,
+        root: Path,
+        header: StoreHeader,
+        *,
+        rank: int,
+        durability: Durability,
+        resume: bool = True,
+        world_size: int | None = None,
     ) -> Commits:
         """Create a store, or take the lock of a rank of one that is there and repair what a crash left.
+
+        Args:
+            root: the store's directory.
+            header: what the store is a store of.
+            rank: to write as.
+            durability: what a commit survives.
+            resume: False refuses a store that is there.
+            world_size: how many ranks share the work; None for a writer that computes nothing.
 
         Raises:
             ValueError: no such durability or rank.
             StoreExistsError: the directory holds something else, or a store and ``resume`` is False.
             StoreFormatError: it has another format version.
             FingerprintError: it is the store of another run; the message names the keys that differ.
-            StoreLockedError: another process writes as this rank.
+            StoreLockedError: another process writes as this rank, or as one of another number of ranks.
             CorruptStoreError: something that was committed is missing or damaged.
         """
         if durability not in disk.DURABILITIES:
             raise ValueError(f"durability {durability!r} is none of {list(disk.DURABILITIES)}")
         if not 0 <= rank <= 9999:
             raise ValueError(f"rank must be 0 to 9999, not {rank}")
-        stored, digest = lifecycle.create_or_check(root, header, durability, resume=resume)
+        stored, digest, is_new = lifecycle.create_or_check(root, header, durability, resume=resume)
         journal = Journal(root, rank, durability)
         try:
             ledger = Ledger.replay(journal.path, rank, digest, journal.found)
-            commits = cls(root, stored, digest, journal, ledger, durability)
+            journal.found = []
+            commits = cls(root, stored, digest, journal, ledger, durability, is_new=is_new)
             commits.refresh()
             lifecycle.check_shards(root, ledger, durability)
             lifecycle.remove_leftovers(root, ledger)
+            if durability == "power":
+                lifecycle.sync_keys(root, ledger)
             if not ledger.records:
                 commits.append(JournalStart(rank, digest))
+            if world_size is not None:
+                commits.share(world_size)
         except BaseException:
             journal.close()
             raise
@@ -98,9 +132,37 @@ class Commits:
         Raises:
             CorruptStoreError: a journal is damaged, or ranks contradict each other.
         """
-        found = read_ledgers(self.path, self._digest)
-        self.others = [ledger for ledger in found if ledger.rank != self.rank]
+        ranks = [rank for rank in journal_ranks(self.path) if rank != self.rank]
+        self.others = [read_ledger(self.path, rank, self._digest) for rank in ranks]
         settle(self.path, self.ledgers)
+
+    def share(self, world_size: int) -> None:
+        """Say how many ranks share the work.
+
+        Raises:
+            StoreLockedError: a rank of another number of ranks is at work: both would compute the same.
+        """
+        with disk.locked_directory(self.path):
+            self.refresh()
+            for other in self.others:
+                if other.world_size != world_size and is_at_work(self.path, other.rank):
+                    raise StoreLockedError(
+                        f"rank {other.rank} of {other.world_size} collects into {self.path}, and this would "
+                        f"be rank {self.rank} of {world_size}: both would compute the same samples. Wait "
+                        f"until it ends, or start this as another rank of world_size={other.world_size}"
+                    )
+            if world_size != self.ledger.world_size:
+                self.append(ShareRecord(world_size))
+
+    def remove_old_keys(self) -> None:
+        """Remove files of keys that no rank's tasks name, under the lock of the directory."""
+        tasks = [task for ledger in self.ledgers for task in ledger.tasks.values()]
+        remove_unreferenced(self.path, {extent.keys_sha256 for task in tasks for extent in task.extents})
+
+    def remove_if_empty(self) -> None:
+        """Take the store away if this began it, nobody has joined and no sample is in it."""
+        if self._is_new and not any(self.ledger.segments.values()):
+            lifecycle.remove_if_empty(self.path, self.rank)
 
     def check_usable(self) -> None:
         """Refuse to go on after a commit whose outcome is unknown.
@@ -125,8 +187,8 @@ class Commits:
         }
         if task:
             attributes["task"] = task.encode()
-        name = f"{lifecycle.tmp_prefix(self.rank)}{self._created:06d}"
-        self._created += 1
+        name = f"{lifecycle.tmp_prefix(self.rank)}{self._shards:06d}"
+        self._shards += 1
         return ShardFile(self.path / SHARD_DIRECTORY / name, specs, attributes, self.durability)
 
     def commit(self, shard: ShardFile, make: Callable[[ShardRecord], Record]) -> None:
@@ -148,7 +210,7 @@ class Commits:
             else:
                 shard.discard()
             raise
-        self._unsynced.append(final)
+        self._unsynced = True
         self.bytes_written += shard.size
 
     def append(self, record: Record) -> None:
@@ -162,7 +224,7 @@ class Commits:
         line = Line({"seq": self._journal.length, **data}, table)
         # no line that a reader would refuse must ever reach the journal
         checked = decode(line.record, table, self.rank, self._journal.length)
-        if not isinstance(checked, (JournalStart, TaskRecord)):
+        if not isinstance(checked, (JournalStart, ShareRecord, TaskRecord)):
             _ = checked.shard.datasets
         self.ledger.check(checked)
         self._journal.append(line, lambda: self.ledger.apply(record))
@@ -175,12 +237,10 @@ class Commits:
     def close(self) -> None:
         """Give up the lock; with durability "process" sync everything before. A second call does nothing."""
         try:
+            # what an earlier process committed and could not sync any more is synced, too
             if self.durability == "process" and self._unsynced:
-                for path in self._unsynced:
-                    if path.exists():
-                        disk.sync_path(path)
-                disk.sync_path(self.path / SHARD_DIRECTORY)
+                lifecycle.sync_all(self.path, self.ledger)
                 self._journal.sync()
-                self._unsynced = []
+                self._unsynced = False
         finally:
             self._journal.close()

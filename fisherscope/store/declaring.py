@@ -59,9 +59,10 @@ def declare(
     place = {key: index for index, key in enumerate(keys)}
     if missing := [row for row, key in enumerate(stored) if key not in place]:
         raise FingerprintError(
-            f"task {name!r} of {root} holds other data: {len(missing)} of its {known.n} samples "
-            f"({name}_{missing[0]} is the first) are not among the {len(keys)} given. Use the data that the "
-            "store was begun with, in any order and with more if you like, or collect into another directory"
+            f"task {name!r} of {root}: {len(missing)} of its {known.n} samples ({name}_{missing[0]} is the "
+            f"first) are not among the {len(keys)} given. Give all the samples that the store was begun with "
+            "(a smaller max_samples leaves some out), in any order and with more if you like, or collect "
+            "into another directory"
         )
     added = sorted(place.keys() - set(stored), key=place.__getitem__)
     rows = [*stored, *added]

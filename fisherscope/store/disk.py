@@ -158,8 +158,12 @@ def lock(fd: int, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked_directory(path: Path) -> Iterator[None]:
-    """Hold the lock of a directory, waiting for it: for the moments of creation."""
+def locked_directory(path: Path) -> Iterator[tuple[int, int]]:
+    """Hold the lock of a directory, waiting for it, for a moment.
+
+    Yields:
+        Device and inode of the directory that is locked.
+    """
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         try:
@@ -167,9 +171,20 @@ def locked_directory(path: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
-        yield
+        status = os.fstat(fd)
+        yield status.st_dev, status.st_ino
     finally:
         os.close(fd)
+
+
+def is_locked(fd: int) -> bool:
+    """Whether another process holds the lock of an open file; False where that cannot be known."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in {errno.EWOULDBLOCK, errno.EACCES}
+    fcntl.flock(fd, fcntl.LOCK_UN)
+    return False
 
 
 def open_inside(root: Path, *parts: str) -> int:

@@ -131,8 +131,10 @@ def terms_of(store: OpenStore, chunk: Chunk, place: FactorPlace) -> Terms:
     """The factors of a segment, with the bytes of a chunk's samples checked.
 
     Raises:
+        NotStoredError: gradients of these samples were left out.
         CorruptStoreError: datasets do not fit each other, or are damaged.
     """
+    require(store, chunk, place)
     shard, n = store.shard(chunk.segment.shard), len(chunk.segment.rows)
     rows = place.left
     bounds = np.arange(n + 1) * rows.rows if rows.family is None else _bounds(shard, rows.family, n)
@@ -249,15 +251,12 @@ def read_errors(
 def position_counts(
     store: OpenStore, index: TaskIndex, place: FactorPlace, chosen: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """How many outer products the gradients of some samples have, ``[n]``.
-
-    Raises:
-        NotStoredError: gradients of some of them were left out.
-    """
-    counts = np.empty(len(chosen), dtype=np.int64)
+    """How many outer products the gradients of some samples have, ``[n]``; 0 for those that were left out."""
+    counts = np.zeros(len(chosen), dtype=np.int64)
     for chunk in index.chunks(chosen):
-        require(store, chunk, place)
         n, rows = len(chunk.segment.rows), place.left
+        if rows.name not in store.shard(chunk.segment.shard):
+            continue
         if rows.family is None:
             counts[chunk.targets] = rows.rows
         else:

@@ -20,16 +20,16 @@ from fisherscope.errors import StoreError
 from fisherscope.linalg import Moments
 from fisherscope.store import journal
 from fisherscope.store.commits import Commits
-from fisherscope.store.disk import Durability
-from fisherscope.store.dtypes import to_raw
+from fisherscope.store.dtypes import stored_type, to_raw
+from fisherscope.store.ledger import latest
 from fisherscope.store.mapped import MappedShard
 from fisherscope.store.plan import SegmentPlan
-from fisherscope.store.progressions import pack
+from fisherscope.store.progressions import pack, unpack
 from fisherscope.store.reader import ContributionStore, open_store
 from fisherscope.store.records import SegmentRecord, SnapshotRecord
 from fisherscope.store.schema import StoreHeader
 from fisherscope.store.shard import ShardFile
-from fisherscope.store.snapshot import Snapshot, read_snapshot, write_arrays
+from fisherscope.store.skeleton import DatasetSpec
 
 SHARD_BYTES = 256 << 20
 _PIECE = 16 << 20
@@ -53,7 +53,7 @@ class Finalized:
         return f"{before} shards of {large:,} bytes became {after} of {small:,} bytes"
 
 
-def finalize(path: str | Path, *, durability: Durability = "power") -> Finalized:
+def finalize(path: str | Path) -> Finalized:
     """Merge small shards of each task into shards of up to 256 MiB, and the ranks' aggregates into one.
 
     Every value that a reader gives stays the same, bit for bit. The store may be resumed and extended
@@ -61,7 +61,6 @@ def finalize(path: str | Path, *, durability: Durability = "power") -> Finalized
 
     Args:
         path: the directory of the store.
-        durability: of the commits.
 
     Raises:
         StoreLockedError: a collection writes to it.
@@ -74,17 +73,17 @@ def finalize(path: str | Path, *, durability: Durability = "power") -> Finalized
     with ExitStack() as stack:
         ranks = []
         for rank in journal.ranks(root):
-            ranks.append(Commits.open(root, header, rank=rank, durability=durability))
+            # what is removed then was committed to survive anything, and so must be what replaces it
+            ranks.append(Commits.open(root, header, rank=rank, durability="power"))
             stack.callback(ranks[-1].close)
+        for commits in ranks:
+            commits.refresh()  # nobody writes any more
         for commits in ranks:
             for segments in list(commits.ledger.segments.values()):
                 for group in _groups(list(segments.values())):
                     _merge_segments(commits, group)
-        first = ranks[0]
-        for task in first.ledger.tasks:
-            live = [ledger.snapshots[task] for ledger in first.ledgers if task in ledger.snapshots]
-            if len(live) > 1:
-                _merge_snapshots(first, task, live)
+        for task in dict.fromkeys(task for commits in ranks for task in commits.ledger.tasks):
+            _merge_snapshots(ranks[0], task)
     after = _sizes(open_store(root))
     return Finalized((before[0], after[0]), (before[1], after[1]))
 
@@ -168,49 +167,64 @@ def _copy(shard: ShardFile, plan: SegmentPlan, name: str, parts: Sequence[Mapped
         start += flat.shape[1]
 
 
-def _merge_snapshots(commits: Commits, task: str, live: Sequence[SnapshotRecord]) -> None:
-    snapshots = [read_snapshot(commits.path, record) for record in live]
-    batches = pack(batch for snapshot in snapshots for batch in snapshot.batches)
-    count = sum(snapshot.count for snapshot in snapshots)
-    files = tuple(record.shard.file for record in live)
+def _merge_snapshots(commits: Commits, task: str) -> None:
+    """Put the aggregates of all ranks into one of this rank."""
+    live = [ledger.snapshots[task] for ledger in commits.ledgers if task in ledger.snapshots]
+    if len(live) < 2:
+        return
+    widest = latest(task, commits.ledgers)
+    if commits.ledger.tasks.get(task) != widest:
+        commits.append(widest)
     own = commits.ledger.snapshots.get(task)
+    files = tuple(record.shard.file for record in live)
     others = tuple(file for file in files if own is None or file != own.shard.file)
-    arrays = _merged(snapshots)
-    shard = write_arrays(arrays, lambda specs: commits.new_shard("snapshot", specs, task))
+    batches = pack(int(batch) for record in live for batch in unpack(record.batches))
+    count = sum(record.count for record in live)
+    shard = _merged([MappedShard(commits.path, record.shard) for record in live], live, commits, task)
     commits.commit(shard, lambda s: SnapshotRecord(task, batches, count, s, others))
     commits.remove(files)
 
 
-def _merged(snapshots: Sequence[Snapshot]) -> dict[str, Tensor]:
-    """The sums of all, as readers add them up."""
+def _merged(
+    parts: Sequence[MappedShard], live: Sequence[SnapshotRecord], commits: Commits, task: str
+) -> ShardFile:
+    """A shard with the sums of all parts, as readers add them up; one array at a time is in memory.
+
+    Sums are kept in float64, so that what readers give stays the same, bit for bit.
+    """
     # what a rank lacks nobody may read, and so it stays
-    names = [name for name in snapshots[0].arrays if all(name in other.arrays for other in snapshots)]
-    merged: dict[str, Tensor] = {}
-    for name in names:
-        if name.startswith("moments/"):
-            if name.endswith("/count"):
-                merged |= _merged_moments(snapshots, name.removesuffix("/count"))
-            continue
-        total: Tensor | None = None
-        for snapshot in snapshots:
-            # in the order and the precision of readers, which so find the very same sums
-            values = snapshot.arrays[name]
-            wide = values.double() if values.is_floating_point() else values
-            total = wide if total is None else total + wide
-        assert total is not None
-        merged[name] = total
-    return merged
+    specs = {
+        d.name: DatasetSpec(d.name, d.spec.shape, "int64" if d.spec.dtype == "int64" else "float64")
+        for d in live[0].shard.datasets
+        if all(d.name in part and part.dataset(d.name).spec.shape == d.spec.shape for part in parts)
+    }
+    shard = commits.new_shard("snapshot", list(specs.values()), task)
+    try:
+        for name, spec in specs.items():
+            prefix, _, part_name = name.rpartition("/")
+            if {f"{prefix}/{p}" for p in ("count", "mean", "m2")} <= specs.keys():
+                values = _merged_moments(parts, prefix)[part_name]
+            else:
+                values = parts[0].tensor(name).to(stored_type(spec.dtype).torch)
+                for part in parts[1:]:
+                    values += part.tensor(name)
+            shard.write(name, to_raw(values, spec.dtype))
+    except BaseException:
+        shard.discard()
+        raise
+    return shard
 
 
-def _merged_moments(snapshots: Sequence[Snapshot], prefix: str) -> dict[str, Tensor]:
+def _merged_moments(parts: Sequence[MappedShard], prefix: str) -> dict[str, Tensor]:
+    """Count, mean and m2 of all parts together."""
     merged: Moments | None = None
-    for snapshot in snapshots:
-        count, mean, m2 = (snapshot.arrays[f"{prefix}/{part}"].numpy() for part in ("count", "mean", "m2"))
+    for part in parts:
+        count, mean, m2 = (part.tensor(f"{prefix}/{name}").numpy() for name in ("count", "mean", "m2"))
         moments = Moments(int(count[0]), mean, m2)
         merged = moments if merged is None else merged.merge(moments)
     assert merged is not None
     return {
-        f"{prefix}/count": torch.tensor([merged.count]),
-        f"{prefix}/mean": torch.from_numpy(merged.mean),
-        f"{prefix}/m2": torch.from_numpy(merged.m2),
+        "count": torch.tensor([merged.count]),
+        "mean": torch.from_numpy(merged.mean),
+        "m2": torch.from_numpy(merged.m2),
     }

@@ -88,6 +88,8 @@ class TaskIndex:
         chosen = np.asarray(samples)
         if chosen.dtype == bool:
             raise IndexError("samples must be a slice or whole numbers, not a mask: use np.flatnonzero(mask)")
+        if chosen.size and chosen.dtype.kind not in "iu":
+            raise IndexError(f"samples must be a slice or whole numbers, not {chosen.dtype} values")
         chosen = chosen.astype(np.int64).reshape(-1)
         if len(chosen) and not (-len(self) <= chosen.min() and chosen.max() < len(self)):
             raise IndexError(

@@ -150,6 +150,15 @@ def read(root: Path, rank: int) -> Scan:
         return _scan(file, path)
 
 
+def is_at_work(root: Path, rank: int) -> bool:
+    """Whether a process holds the lock of a rank's journal; False where that cannot be known."""
+    fd = disk.open_inside(root, JOURNAL_DIRECTORY, journal_file(rank))
+    try:
+        return disk.is_locked(fd)
+    finally:
+        os.close(fd)
+
+
 class Journal:
     """A journal open for appending, under an exclusive lock.
 

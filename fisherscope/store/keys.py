@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ MAX_KEYS_BYTES = 8 << 30
 MAX_ROWS = 1 << 32
 SHA256 = re.compile(r"[0-9a-f]{64}")
 _KEY = re.compile(r"[!-~]{1,128}")
+_CHARACTERS = bytes(range(ord("!"), ord("~") + 1)) + b"\n"
+_PIECE = 4 << 20
 _LEAST_BYTES, _MOST_BYTES = 2, 129  # of a key and its newline
 
 
@@ -118,10 +120,9 @@ def read_keys(root: Path, extents: Sequence[Extent]) -> list[str]:
     """
     last = extents[-1]
     path = root / KEYS_DIRECTORY / last.keys_sha256
-    try:
-        content = disk.read_inside(root, KEYS_DIRECTORY, last.keys_sha256, limit=MAX_KEYS_BYTES)
-    except FileNotFoundError:
-        raise CorruptStoreError(f"{path} is missing: restore it from a copy") from None
+    check_keys_file(root, last)
+    _check_content(root, last)
+    content = disk.read_inside(root, KEYS_DIRECTORY, last.keys_sha256, limit=MAX_KEYS_BYTES)
     lines = content.split(b"\n")
     running, done = hashlib.sha256(), 0
     for extent in extents:
@@ -137,6 +138,32 @@ def read_keys(root: Path, extents: Sequence[Extent]) -> list[str]:
         return [sample_key(line.decode("ascii")) for line in lines[: last.n]]
     except ValueError as error:
         raise CorruptStoreError(f"{path}: {error}. Restore it from a copy") from error
+
+
+def _check_content(root: Path, extent: Extent) -> None:
+    """Check digest and characters of a file of keys, a piece at a time: a hole in a file costs no memory.
+
+    Raises:
+        CorruptStoreError: they are not those of keys.
+    """
+    digest = hashlib.sha256()
+    with os.fdopen(disk.open_inside(root, KEYS_DIRECTORY, extent.keys_sha256), "rb") as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+            if piece.translate(None, _CHARACTERS):
+                break
+        else:
+            if digest.hexdigest() == extent.keys_sha256:
+                return
+    path = root / KEYS_DIRECTORY / extent.keys_sha256
+    raise CorruptStoreError(f"{path} does not hold the keys that were declared: restore it from a copy")
+
+
+def remove_unreferenced(root: Path, named: Collection[str]) -> None:
+    """Remove files of keys that no task names; the caller holds the lock of the directory."""
+    for name in sorted(os.listdir(root / KEYS_DIRECTORY)):  # noqa: PTH208
+        if SHA256.fullmatch(name) and name not in named:
+            disk.unlink_quietly(root / KEYS_DIRECTORY / name)
 
 
 def check_keys_file(root: Path, extent: Extent) -> None:

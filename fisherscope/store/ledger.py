@@ -15,6 +15,7 @@ from fisherscope.store.records import (
     JournalStart,
     Record,
     SegmentRecord,
+    ShareRecord,
     SnapshotRecord,
     TaskRecord,
     decode,
@@ -36,6 +37,7 @@ class Ledger:
         snapshots: per task the latest snapshot.
         merged: files of other ranks' snapshots that this rank's hold by now.
         constants: arrays for the whole store.
+        world_size: of how many ranks it is one.
         records: number of records applied.
     """
 
@@ -47,6 +49,7 @@ class Ledger:
     snapshots: dict[str, SnapshotRecord] = field(default_factory=dict)
     merged: set[str] = field(default_factory=set)
     constants: ConstantsRecord | None = None
+    world_size: int = 1
     records: int = 0
 
     @classmethod
@@ -103,6 +106,8 @@ class Ledger:
         """
         self.check(record)
         match record:
+            case ShareRecord(world_size):
+                self.world_size = world_size
             case TaskRecord(name):
                 self.tasks[name] = record
                 self.rows.setdefault(name, set())
@@ -154,17 +159,19 @@ def read_ledgers(root: Path, store_sha256: str) -> list[Ledger]:
     Raises:
         CorruptStoreError: a journal is damaged, or two journals contradict each other.
     """
-    ledgers = [
-        Ledger.replay(
-            root / JOURNAL_DIRECTORY / journal.journal_file(rank),
-            rank,
-            store_sha256,
-            journal.read(root, rank).lines,
-        )
-        for rank in journal.ranks(root)
-    ]
+    ledgers = [read_ledger(root, rank, store_sha256) for rank in journal.ranks(root)]
     settle(root, ledgers)
     return ledgers
+
+
+def read_ledger(root: Path, rank: int, store_sha256: str) -> Ledger:
+    """The journal of one rank.
+
+    Raises:
+        CorruptStoreError: it is damaged.
+    """
+    path = root / JOURNAL_DIRECTORY / journal.journal_file(rank)
+    return Ledger.replay(path, rank, store_sha256, journal.read(root, rank).lines)
 
 
 def settle(root: Path, ledgers: Sequence[Ledger]) -> None:

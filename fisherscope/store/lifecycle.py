@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from fisherscope.errors import CorruptStoreError, StoreExistsError
 from fisherscope.store import disk
 from fisherscope.store.disk import Durability
+from fisherscope.store.journal import journal_file
+from fisherscope.store.journal import read as read_journal
 from fisherscope.store.keys import KEYS_DIRECTORY
 from fisherscope.store.ledger import Ledger
 from fisherscope.store.schema import (
@@ -35,11 +39,11 @@ def tmp_prefix(rank: int) -> str:
 
 def create_or_check(
     root: Path, header: StoreHeader, durability: Durability, *, resume: bool
-) -> tuple[StoreHeader, str]:
+) -> tuple[StoreHeader, str, bool]:
     """Create the store, or check that the store in ``root`` is of the same run.
 
     Returns:
-        The header in the store, and the sha256 of ``store.json``.
+        The header in the store, the sha256 of ``store.json``, and whether it was created here.
 
     Raises:
         StoreExistsError: the directory holds something else, or a store and ``resume`` is False.
@@ -50,12 +54,11 @@ def create_or_check(
     if root.exists() and not root.is_dir():
         raise StoreExistsError(f"{root} is a file: name a directory that does not exist yet")
     missing = [path for path in (root, *root.parents) if not path.exists()]
-    for path in reversed(missing):
-        disk.make_directory(path)
     # ranks that start together create the store once: the first under the directory's lock
-    with disk.locked_directory(root):
+    with _locked_root(root):
         names = set(os.listdir(root))  # noqa: PTH208
-        if HEADER_FILE not in names:
+        created = HEADER_FILE not in names
+        if created:
             if others := sorted(names - {_TMP_HEADER}):
                 raise StoreExistsError(
                     f"{root} is not empty and no fisherscope store (it holds {others[0]!r}): name another "
@@ -72,11 +75,68 @@ def create_or_check(
         disk.make_directory(root / directory)
     if durable:
         # always: whoever created these entries may have been killed before it could sync them
+        disk.sync_path(root / HEADER_FILE)
         disk.sync_path(root)
         for path in {root, *missing}:
             with contextlib.suppress(PermissionError):
                 disk.sync_path(path.parent)
-    return stored, digest
+    return stored, digest, created
+
+
+@contextlib.contextmanager
+def _locked_root(root: Path) -> Iterator[None]:
+    """Make the directory where it is missing and hold its lock, of the very directory that has the name."""
+    while True:
+        for path in reversed([path for path in (root, *root.parents) if not path.exists()]):
+            disk.make_directory(path)
+        with disk.locked_directory(root) as identity:
+            # one that began the store and failed may have removed it while this one waited
+            if root.exists() and (root.stat().st_dev, root.stat().st_ino) == identity:
+                yield
+                return
+
+
+def remove_if_empty(root: Path, rank: int) -> bool:
+    """Take away a store without a sample that no other rank has joined; the caller holds the rank's lock.
+
+    Returns:
+        Whether it is gone. On any doubt it stays.
+    """
+    with disk.locked_directory(root):
+        shards, journals = (sorted(os.listdir(root / d)) for d in (SHARD_DIRECTORY, JOURNAL_DIRECTORY))  # noqa: PTH208
+        if journals != [journal_file(rank)]:
+            return False
+        lines = read_journal(root, rank).lines
+        if any(line.record.get("kind") in {"segment", "snapshot"} for line in lines):
+            return False
+        committed = {line.record.get("shard") for line in lines}
+        if any(not name.startswith(tmp_prefix(rank)) and name not in committed for name in shards):
+            return False
+        shutil.rmtree(root)
+        return True
+
+
+def sync_all(root: Path, ledger: Ledger) -> None:
+    """Wait until everything that a rank has committed is on the medium."""
+    for shard in ledger.shards():
+        with contextlib.suppress(FileNotFoundError):  # a snapshot that was lost
+            disk.sync_path(root / SHARD_DIRECTORY / shard.file)
+    sync_keys(root, ledger)
+    for path in (
+        root / HEADER_FILE,
+        *(root / d for d in (SHARD_DIRECTORY, KEYS_DIRECTORY, JOURNAL_DIRECTORY)),
+    ):
+        disk.sync_path(path)
+    disk.sync_path(root)
+    with contextlib.suppress(PermissionError):
+        disk.sync_path(root.parent)
+
+
+def sync_keys(root: Path, ledger: Ledger) -> None:
+    """Wait until the keys of a rank's tasks are on the medium."""
+    for task in ledger.tasks.values():
+        disk.sync_path(root / KEYS_DIRECTORY / task.extents[-1].keys_sha256)
+    disk.sync_path(root / KEYS_DIRECTORY)
 
 
 def _write_header(root: Path, content: bytes, *, durable: bool) -> None:

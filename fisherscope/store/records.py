@@ -28,6 +28,13 @@ class JournalStart:
 
 
 @dataclass(frozen=True)
+class ShareRecord:
+    """From here on the rank is one of so many that share the batches; 1 before any such record."""
+
+    world_size: int
+
+
+@dataclass(frozen=True)
 class TaskRecord:
     """A task was declared, or extended: all extents that it has by now."""
 
@@ -87,7 +94,7 @@ class ConstantsRecord:
     shard: ShardRecord
 
 
-Record: TypeAlias = JournalStart | TaskRecord | SegmentRecord | SnapshotRecord | ConstantsRecord
+Record: TypeAlias = JournalStart | ShareRecord | TaskRecord | SegmentRecord | SnapshotRecord | ConstantsRecord
 
 
 def shard_name(rank: int, sequence: int) -> str:
@@ -100,6 +107,8 @@ def encode(record: Record) -> tuple[dict[str, Any], bytes]:
     match record:
         case JournalStart(rank, sha256):
             return {"kind": "journal", "rank": rank, "store_sha256": sha256}, b""
+        case ShareRecord(world_size):
+            return {"kind": "share", "world_size": world_size}, b""
         case TaskRecord(name, extents):
             return {"kind": "task", "name": name, "extents": [[e.n, e.keys_sha256] for e in extents]}, b""
         case SegmentRecord(task, rows, shard, replaces):
@@ -127,6 +136,7 @@ def decode(data: dict[str, Any], table: bytes, rank: int, sequence: int) -> Reco
     kind = data.get("kind")
     decoders: dict[Any, Callable[[], Record]] = {
         "journal": lambda: JournalStart(integer(data, "rank", 9999), matching(data, "store_sha256", SHA256)),
+        "share": lambda: ShareRecord(integer(data, "world_size", 10_000)),
         "task": lambda: TaskRecord(task_name(data.get("name")), _extents(data)),
         "segment": lambda: _segment(data, _shard(data, table, rank, sequence)),
         "snapshot": lambda: _snapshot(data, _shard(data, table, rank, sequence)),

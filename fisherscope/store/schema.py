@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -27,6 +28,7 @@ JOURNAL_DIRECTORY = "journal"
 SHARD_DIRECTORY = "shards"
 MAX_HEADER_BYTES = 64 << 20
 MAX_PIECES = 1 << 25
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 
 FISHER_SHAPES = ("full", "groups")
 
@@ -65,6 +67,9 @@ class StoreHeader:
 
     def __post_init__(self) -> None:
         gradient_dtype(self.gradient_dtype)
+        for text in _texts([self.fingerprint, self.options, self.provenance, self.layout.to_json()]):
+            if _CONTROL.search(text):
+                raise ValueError(f"{text!r} has control characters, which a terminal would obey")
         if self.normalization not in NORMALIZATIONS:
             raise ValueError(f"normalization {self.normalization!r} is none of {list(NORMALIZATIONS)}")
         if self.fisher_shape not in FISHER_SHAPES:
@@ -161,6 +166,19 @@ class StoreHeader:
         if undeclared := set(header.requires) - set(data["requires"]):
             raise ValueError(f"it uses {sorted(undeclared)} and does not say so")
         return header
+
+
+def _texts(data: Any) -> Iterator[str]:
+    """Every text in plain data, keys included."""
+    if isinstance(data, str):
+        yield data
+    elif isinstance(data, Mapping):
+        for key, value in data.items():
+            yield str(key)
+            yield from _texts(value)
+    elif isinstance(data, list | tuple):
+        for value in data:
+            yield from _texts(value)
 
 
 def _pieces(data: Any) -> int:

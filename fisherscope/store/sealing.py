@@ -74,8 +74,14 @@ class Sealer:
         """
         thread, self._thread = self._thread, None
         if thread is not None and self._queue is not None:
-            self._queue.put(None)
-            thread.join()
+            try:
+                self._queue.put(None)
+                thread.join()
+            except BaseException:
+                # whoever interrupts must not close files under the thread
+                self._queue.put(None)
+                thread.join()
+                raise
         self.check()
 
     def _run(self) -> None:

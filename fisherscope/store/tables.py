@@ -91,10 +91,7 @@ def ragged(
 
 def token_ids(store: OpenStore, index: TaskIndex, row: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Input ids and labels of one row."""
-    place = int(np.searchsorted(index.rows, row))
-    if place == len(index) or index.rows[place] != row:
-        raise KeyError(f"task {index.task.name!r} has no committed row {row}")
-    (chunk,) = index.chunks(np.array([place]))
+    chunk = _chunk_of(index, row)
     if "ids/input" not in store.shard(chunk.segment.shard):
         raise NotStoredError(f"{store.path} holds no token ids: collect again")
     (ids,) = ragged(store, chunk, "ids", "ids/input", "int32")
@@ -104,12 +101,24 @@ def token_ids(store: OpenStore, index: TaskIndex, row: int) -> tuple[NDArray[np.
 
 def token_types(store: OpenStore, index: TaskIndex, row: int) -> NDArray[np.int32] | None:
     """Token types of one row; None where the task has none."""
-    place = int(np.searchsorted(index.rows, row))
-    (chunk,) = index.chunks(np.array([place]))
+    chunk = _chunk_of(index, row)
     if "types/ids" not in store.shard(chunk.segment.shard):
         return None
     (types,) = ragged(store, chunk, "types", "types/ids", "int32")
     return types if len(types) else None
+
+
+def _chunk_of(index: TaskIndex, row: int) -> Chunk:
+    """Where one row is.
+
+    Raises:
+        KeyError: it is not committed.
+    """
+    place = int(np.searchsorted(index.rows, row))
+    if place == len(index) or index.rows[place] != row:
+        raise KeyError(f"task {index.task.name!r} has no committed row {row}")
+    (chunk,) = index.chunks(np.array([place]))
+    return chunk
 
 
 def group_rows(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -54,6 +55,7 @@ class StoreWriter:
         rank: int = 0,
         durability: Durability = "power",
         resume: bool = True,
+        world_size: int | None = None,
         queue: int = 0,
     ) -> StoreWriter:
         """Create a store, or go on with one that the same run began.
@@ -66,6 +68,7 @@ class StoreWriter:
             rank: of this writer.
             durability: what a commit survives.
             resume: False refuses a store that is there.
+            world_size: of how many ranks this is one, which share the work; None to leave that to the caller.
             queue: with 0 a segment is committed when its ``commit()`` returns. Otherwise a thread seals and
                 commits, at most so many segments wait for it, and what goes wrong there is raised by the
                 next call, by :meth:`flush` and by :meth:`close`.
@@ -74,10 +77,12 @@ class StoreWriter:
             StoreExistsError: the directory holds something else, or a store and ``resume`` is False.
             StoreFormatError: it has another format version.
             FingerprintError: it is the store of another run; the message names the keys that differ.
-            StoreLockedError: another process writes as this rank.
+            StoreLockedError: another process writes as this rank, or as one of another number of ranks.
             CorruptStoreError: something that was committed is missing or damaged.
         """
-        commits = Commits.open(Path(path), header, rank=rank, durability=durability, resume=resume)
+        commits = Commits.open(
+            Path(path), header, rank=rank, durability=durability, resume=resume, world_size=world_size
+        )
         return cls(commits, queue)
 
     @property
@@ -115,6 +120,7 @@ class StoreWriter:
             declared = declare(self.path, self.rank, name, keys, self._commits.ledgers, self.durability)
             if self._commits.ledger.tasks.get(name) != declared.task:
                 self._commits.append(declared.task)
+                self._commits.remove_old_keys()
         self._declared.add(name)
         return declared
 
@@ -233,6 +239,12 @@ class StoreWriter:
             StoreError, OSError: what went wrong with it.
         """
         self._sealer.wait()
+
+    def remove_if_empty(self) -> None:
+        """Take the store away if this writer began it, nobody has joined, and no sample is in it."""
+        with contextlib.suppress(Exception):
+            self.flush()
+        self._commits.remove_if_empty()
 
     def close(self) -> None:
         """Commit what was handed over, give up open segments and the lock; a second call does nothing.

@@ -124,7 +124,7 @@ def write(root):
     keys = {task: [key(task, row) for row in range(n)] for task, n in TASKS.items()}
     shares = {0: [("math", [[1, 0], [2]], 3), ("code é", [[2, 0], [1]], 3)], 1: [("math", [[4, 3]], 5)]}
     for rank, tasks in shares.items():
-        with StoreWriter.open(root, header(), rank=rank) as writer:
+        with StoreWriter.open(root, header(), rank=rank, world_size=2) as writer:
             writer.constants({"groups/theta_square": numbers("theta", len(header().groups)).double().abs()})
             for task, batches, n in tasks:
                 writer.declare_task(task, keys[task][:n])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fisherscope.store import open_store
+from fisherscope.store import StoreWriter, finalize, open_store
 from fisherscope.store.names import escape_path, is_dataset_name, unescape_path
 from fisherscope.store.skeleton import DatasetSpec, lay_out
 from tests.store.store_cases import Run, header_of, toy_layout
@@ -137,11 +137,25 @@ def test_names_are_escaped_without_loss(name):
     assert unescape_path(escaped) == name
 
 
-def test_the_documented_way_to_read_a_store_works(toy, root, monkeypatch):
+@pytest.mark.parametrize("what", ["plain", "finalized", "torn", "without gradients"])
+def test_the_documented_way_to_read_a_store_works(toy, root, monkeypatch, what):
     """The example of docs/store-format.md reads every sample with h5py and the standard library."""
     page = Path(__file__).resolve().parents[2] / "docs" / "store-format.md"
     example = page.read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
-    toy.write(root)
+    if what == "without gradients":
+        with StoreWriter.open(root, toy.header) as writer:
+            writer.declare_task(toy.task, toy.keys)
+            for rows in toy.batches:
+                with toy.open_segment(writer, rows, gradients=rows != (2,)) as segment:
+                    toy.put(segment, rows, gradients=rows != (2,))
+                    segment.commit()
+    else:
+        toy.write(root)
+    if what == "finalized":
+        finalize(root)
+    if what == "torn":
+        journal = root / "journal" / "r0000.journal"
+        journal.write_bytes(journal.read_bytes() + journal.read_bytes().splitlines()[-1])
     monkeypatch.chdir(root.parent)
     found = {}
     exec(example, found)
@@ -150,5 +164,8 @@ def test_the_documented_way_to_read_a_store_works(toy, root, monkeypatch):
     assert found["samples"].keys() == {("math", row) for row in range(toy.n)}
     for (_, row), (loss, queries) in found["samples"].items():
         assert loss == toy.loss[row]
+        if what == "without gradients" and row == 2:
+            assert queries is None
+            continue
         parts = [p.gather(toy.gradients[p.parameter][[row]])[:, 0] for p in (weight, bias)]
         np.testing.assert_array_equal(queries, torch.cat(parts, 1).bfloat16().float())

@@ -54,7 +54,13 @@ class SampleGradients(Extension):
 
     def __post_init__(self) -> None:
         if not isinstance(self.parameters, str):
-            object.__setattr__(self, "parameters", tuple(self.parameters))
+            patterns = tuple(self.parameters) if isinstance(self.parameters, Sequence) else ()
+            if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
+                raise ValueError(
+                    f"SampleGradients(parameters={self.parameters!r}): use 'attention', 'all' or a list of "
+                    "name patterns; to store no gradients use encoding='groups'"
+                )
+            object.__setattr__(self, "parameters", patterns)
         elif self.parameters not in {"attention", "all"}:
             raise ValueError(
                 f"SampleGradients(parameters={self.parameters!r}): use 'attention', 'all' or name patterns"
