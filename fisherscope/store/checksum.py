@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fisherscope.store import disk
 
 try:
@@ -49,15 +52,26 @@ class BlockGrid:
         start = span * self.span_bytes + inner * BLOCK_BYTES
         return start, min(start + BLOCK_BYTES, (span + 1) * self.span_bytes)
 
-    def covering(self, start: int, stop: int) -> range:
-        """Blocks that hold the bytes ``start`` to ``stop`` of the dataset."""
-        if stop <= start:
-            return range(0)
-        return range(self._block_of(start), self._block_of(stop - 1) + 1)
+    def touched(self, ranges: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which blocks hold a byte of some ranges.
 
-    def _block_of(self, byte: int) -> int:
-        span, inner = divmod(byte, self.span_bytes)
-        return span * self.per_span + inner // BLOCK_BYTES
+        Args:
+            ranges: first and last byte (exclusive) of each, from the start of the dataset, ``[k, 2]``.
+
+        Returns:
+            ``[blocks]``.
+        """
+        starts, stops = ranges[ranges[:, 1] > ranges[:, 0]].T
+        edges = np.zeros(len(self) + 1, dtype=np.int64)
+        np.add.at(edges, self._blocks_of(starts), 1)
+        np.add.at(edges, self._blocks_of(stops - 1) + 1, -1)
+        covered: NDArray[np.bool_] = np.cumsum(edges[:-1]) > 0
+        return covered
+
+    def _blocks_of(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        spans, inner = np.divmod(places, max(self.span_bytes, 1))
+        blocks: NDArray[np.int64] = spans * self.per_span + inner // BLOCK_BYTES
+        return blocks
 
 
 def crc32_hex(data: bytes | memoryview) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fisherscope.errors import CorruptStoreError
 from fisherscope.store import disk
-from fisherscope.store.checksum import BLOCK_BYTES, BlockGrid, crc32_hex
+from fisherscope.store.checksum import crc32_hex
 from fisherscope.store.dtypes import stored_type, to_tensor
 from fisherscope.store.schema import SHARD_DIRECTORY
 from fisherscope.store.shard_record import DatasetRecord, ShardRecord
@@ -104,7 +104,8 @@ class MappedShard:
         done = self._checked.setdefault(name, np.zeros(len(grid), dtype=bool))
         if not done.all():
             whole = [(0, grid.nbytes)] if ranges is None else ranges
-            for block in _touched(grid, np.asarray(whole, dtype=np.int64), done):
+            wanted = grid.touched(np.asarray(whole, dtype=np.int64).reshape(-1, 2))
+            for block in np.flatnonzero(wanted & ~done).tolist():
                 self._check_block(record, block)
                 done[block] = True
 
@@ -168,22 +169,6 @@ class MappedShard:
             self.check(name, _ranges(head * shape[1] + rows, row_bytes))
             out[index] = view[head, as_slice(rows), columns]
         return out
-
-
-def _touched(grid: BlockGrid, ranges: NDArray[np.int64], done: NDArray[np.bool_]) -> list[int]:
-    """The blocks that hold some byte of the ranges and are not done, ascending."""
-    starts, stops = ranges[ranges[:, 1] > ranges[:, 0]].T if len(ranges) else np.empty((2, 0), np.int64)
-    edges = np.zeros(len(grid) + 1, dtype=np.int64)
-    np.add.at(edges, _block_of(grid, starts), 1)
-    np.add.at(edges, _block_of(grid, stops - 1) + 1, -1)
-    found: list[int] = np.flatnonzero((np.cumsum(edges[:-1]) > 0) & ~done).tolist()
-    return found
-
-
-def _block_of(grid: BlockGrid, byte: NDArray[np.int64]) -> NDArray[np.int64]:
-    span, inner = np.divmod(byte, max(grid.span_bytes, 1))
-    blocks: NDArray[np.int64] = span * grid.per_span + inner // BLOCK_BYTES
-    return blocks
 
 
 def _ranges(rows: NDArray[np.int64], row_bytes: int) -> NDArray[np.int64]:
