@@ -6,7 +6,7 @@ from fisherscope.cli import options as opt
 from fisherscope.cli.guard import guarded
 from fisherscope.cli.request import make_extensions, open_scope
 from fisherscope.cli.results import analyze_and_save, show_store
-from fisherscope.cli.tasks import parse_batch_size, parse_tasks
+from fisherscope.cli.tasks import check_ranks, parse_batch_size, parse_tasks
 
 
 @guarded
@@ -64,6 +64,7 @@ def collect(
     del debug
     files = parse_tasks(task)
     size = parse_batch_size(batch_size)
+    check_ranks(rank, world_size, resume=resume)
     extensions = make_extensions(
         fisher=fisher,
         labels=labels,

@@ -47,6 +47,21 @@ def parse_batch_size(value: str) -> BatchSize:
     raise typer.BadParameter(f"{value!r} is neither 'auto' nor a positive number", param_hint="--batch-size")
 
 
+def check_ranks(rank: int, world_size: int, *, resume: bool) -> None:
+    """Check which of how many processes this is.
+
+    Raises:
+        typer.BadParameter: there is no such one, or it may not join the others.
+    """
+    if rank >= world_size:
+        raise typer.BadParameter(
+            f"there is no rank {rank} among {world_size}: ranks are 0 to {world_size - 1}",
+            param_hint="--rank",
+        )
+    if world_size > 1 and not resume:
+        raise typer.BadParameter("several ranks join one store: name a new one", param_hint="--no-resume")
+
+
 def parse_parameters(values: Sequence[str], words: Sequence[str], hint: str) -> str | tuple[str, ...]:
     """One of the words that stand for a choice, or patterns of parameter names.
 
