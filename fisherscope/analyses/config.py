@@ -169,39 +169,77 @@ class InterferenceConfig:
     """Options of `interference`.
 
     Attributes:
-        aggregate: mean over the entries of a slice (slices of unlike size stay comparable) or their sum.
-        fisher_pool: whose F divides: the first task's, the second's, or the mean of both.
-        normalize_gj: scale of the second task's gradients: "none", "per_token_mean" (by the attended
-            length) or "per_token_sum" (by the loss-bearing tokens).
+        form: "unsigned", "natural", "signed", "symmetric" or "full": the formulas are in docs/analyses.md.
+        aggregate: mean over the entries of a slice (slices of unlike size stay comparable) or their sum. The
+            form "full" is neither.
+        fisher_pool: whose F divides: the first task's, the second's, or the mean of both. None takes "A" for
+            unsigned and natural, "pooled" for the others, which are symmetric only then.
+        normalize_gj: scale of the second task's gradients, unsigned and natural only: "none",
+            "per_token_mean" (by the attended length) or "per_token_sum" (by the loss-bearing tokens).
         part: slices of the weights or of the biases.
         max_samples_per_task: pairs are formed of the first samples of each task, in task order; F is
             always that of all samples. None takes all.
         include_self: also pair each task with itself (a sample is never paired with itself).
-        top_pairs: highest-scoring sample pairs kept per ordered pair of tasks.
+        top_pairs: highest-scoring sample pairs kept per ordered pair of tasks; by absolute value where scores
+            have a sign.
+        permutations: label permutations of the test of overlap; 0 leaves the test out.
         min_samples_for_fisher: fewer samples than this give a warning.
-        epsilon, ridge, ridge_rel: damping, ``max(epsilon, ridge, ridge_rel * median F of the block)``.
+        epsilon, ridge, ridge_rel: damping, ``max(epsilon, ridge, ridge_rel * median F of the block)``. For
+            the form "full", ridge_rel is relative to the mean non-zero eigenvalue of the slice's F. None
+            takes 1e-6, and 0.1 for "full".
     """
 
+    form: Literal["unsigned", "natural", "signed", "symmetric", "full"] = "unsigned"
     aggregate: Literal["mean", "sum"] = "mean"
-    fisher_pool: Literal["A", "B", "pooled"] = "A"
+    fisher_pool: Literal["A", "B", "pooled"] | None = None
     normalize_gj: Literal["none", "per_token_mean", "per_token_sum"] = "none"
     part: Literal["weight", "bias"] = "weight"
     max_samples_per_task: int | None = None
     include_self: bool = False
     top_pairs: int = 100
+    permutations: int = 999
     min_samples_for_fisher: int = 10
     epsilon: float = FLOAT32_TINY
     ridge: float = 0.0
-    ridge_rel: float = 1e-6
+    ridge_rel: float | None = None
 
     def __post_init__(self) -> None:
+        _one_of(self, "form", ("unsigned", "natural", "signed", "symmetric", "full"))
         _one_of(self, "aggregate", ("mean", "sum"))
-        _one_of(self, "fisher_pool", ("A", "B", "pooled"))
+        if self.fisher_pool is not None:
+            _one_of(self, "fisher_pool", ("A", "B", "pooled"))
         _one_of(self, "normalize_gj", ("none", "per_token_mean", "per_token_sum"))
         _one_of(self, "part", ("weight", "bias"))
         _at_least(self, 1, "top_pairs", "max_samples_per_task", "min_samples_for_fisher")
-        _at_least(self, 0, "ridge", "ridge_rel")
+        _at_least(self, 0, "ridge", "ridge_rel", "permutations")
         _at_least(self, FLOAT32_TINY, "epsilon")
+        if self.normalize_gj != "none" and not self.one_sided:
+            _fail(
+                self,
+                "normalize_gj",
+                f"scales |g_j|, which only the forms unsigned and natural have; the form {self.form!r} takes "
+                "h of both samples: leave it at 'none'",
+            )
+
+    @property
+    def one_sided(self) -> bool:
+        """Whether the two samples enter differently: C_i and |g_j|."""
+        return self.form in {"unsigned", "natural"}
+
+    @property
+    def signed(self) -> bool:
+        """Whether scores below 0 mean conflict and above 0 synergy."""
+        return self.form in {"signed", "full"}
+
+    @property
+    def pool(self) -> Literal["A", "B", "pooled"]:
+        """Whose F divides, as applied."""
+        return self.fisher_pool or ("A" if self.one_sided else "pooled")
+
+    @property
+    def relative_ridge(self) -> float:
+        """``ridge_rel`` as applied."""
+        return self.ridge_rel if self.ridge_rel is not None else 0.1 if self.form == "full" else 1e-6
 
 
 @dataclass(frozen=True)

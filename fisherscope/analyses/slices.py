@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fisherscope.errors import NotStoredError
 from fisherscope.layout import AttentionLayout, Partition
 from fisherscope.layout.attention import Part
 from fisherscope.linalg.normalization import factors
 from fisherscope.store import ContributionStore
+from fisherscope.store.presence import require
 
 # How many tensors of the size of what is read exist at the same time, at most, while working on it.
 _COPIES = 6
@@ -96,7 +98,7 @@ class SliceReader:
 
     Attributes:
         source: where F comes from: "full" (the full-shape aggregate of the collection) or "gradients"
-            (the mean over the stored gradients of all samples).
+            (the mean over the stored gradients).
     """
 
     def __init__(self, store: ContributionStore, memory_budget: int) -> None:
@@ -105,6 +107,8 @@ class SliceReader:
         full = store.header.fisher_shape == "full" and {*store.gradient_parameters} <= {*store.parameters}
         self.source = "full" if full else "gradients"
         self._factors: dict[str, Tensor] = {}
+        self._stored: dict[str, int] = {}
+        self._held: tuple[Block | None, dict[str, Tensor]] = None, {}
 
     def factors(self, task: str) -> Tensor:
         """What makes h_i of g_i, per sample ``[n]``."""
@@ -119,13 +123,55 @@ class SliceReader:
         n = len(self.factors(task))
         return n if limit is None else min(n, limit)
 
+    def stored(self, task: str) -> int:
+        """How many samples of a task have their gradients stored, counted from the first."""
+        if task not in self._stored:
+            place = self.store.gradient_plan.places[self.store.gradient_parameters[0]]
+            index, first = self.store.task_index(task), self.rows(task)
+            for chunk in index.chunks(np.arange(first)):
+                try:
+                    require(self.store, chunk, place)
+                except NotStoredError:
+                    first = min(first, int(chunk.targets.min()))
+            self._stored[task] = first
+        return self._stored[task]
+
     def chunks(self, block: Block, rows: int) -> list[slice]:
         """Stretches of samples that fit the budget, for one slice of this block."""
         step = max(1, self.memory_budget // (4 * _COPIES * block.partition.slice_size))
         return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
+    def hold(self, block: Block, rows: dict[str, int]) -> None:
+        """Read all heads of a block at once, where they fit the budget and are not stored head by head.
+
+        All heads share one side of a factored gradient, which would be read again for each.
+
+        Args:
+            block: the block that is worked on next; what was held of another is dropped.
+            rows: samples per task.
+        """
+        self._held = None, {}
+        entries = sum(rows.values()) * block.partition.slice_size
+        fits = 4 * entries * (len(block) + _COPIES) <= self.memory_budget
+        if not fits or self.store.encoding(block.partition.parameter) == "dense":
+            return
+        values = {}
+        for task, n in rows.items():
+            values[task] = self.store.slices(
+                task,
+                layer=block.attention.layer,
+                block=block.name,
+                part=block.part,
+                stack=block.attention.stack,
+                samples=slice(0, n),
+            )
+        self._held = block, values
+
     def gradients(self, task: str, block: Block, head: int, rows: slice) -> Tensor:
-        """Signed g of one slice ``[rows, size]``, float32."""
+        """Signed g of one slice ``[rows, size]``, float32; not to be changed in place."""
+        held, values = self._held
+        if held is block and task in values and rows.stop <= values[task].shape[1]:
+            return values[task][head, rows]
         return self.store.slice(
             task,
             layer=block.attention.layer,
@@ -141,16 +187,19 @@ class SliceReader:
         return self.gradients(task, block, head, rows) * self.factors(task)[rows, None]
 
     def fisher(self, task: str, block: Block) -> Tensor:
-        """F of all slices of a block over all samples of the task, ``[heads, size]``, float32."""
+        """F of all slices of a block, ``[heads, size]``, float32.
+
+        Over all samples of the task; where F comes from gradients, over those whose gradients are stored.
+        """
         if self.source == "full":
             full = self.store.fisher(task, block.partition.parameter)
             return block.partition.gather(full[None])[:, 0]
-        rows = self.rows(task)
+        rows = self.stored(task)
         values = torch.zeros(len(block), block.partition.slice_size, dtype=torch.float64)
         for head in range(len(block)):
             for chunk in self.chunks(block, rows):
                 values[head] += self.normalised(task, block, head, chunk).square_().sum(0)
-        return (values / rows).float()
+        return (values / max(rows, 1)).float()
 
 
 class Loaded:

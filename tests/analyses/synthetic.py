@@ -123,8 +123,12 @@ def write_store(
     gradients: bool = True,
     commit: dict[str, int] | None = None,
     text: bool = True,
+    without: tuple[str, ...] = (),
 ) -> Made:
-    """Write a complete store (or only the first ``commit`` rows of a task) and open it."""
+    """Write a complete store (or only the first ``commit`` rows of a task) and open it.
+
+    Of the tasks in ``without``, samples are stored but not their gradients.
+    """
     names = tuple(info.name for info in layout.parameters[1:])
     attention = tuple(info.name for info in layout.parameters if info.kind == "attention")
     header = StoreHeader(
@@ -147,7 +151,8 @@ def write_store(
             rows = task.n if commit is None else commit.get(name, task.n)
             writer.declare_task(name, [f"{name}-{i}" for i in range(task.n)])
             if rows:
-                _write_task(writer, name, task, rows, header, table, theta, text=text)
+                kept = name not in without
+                _write_task(writer, name, task, rows, header, table, theta, text=text, gradients=kept)
     return Made(open_store(path), layout, tasks, theta)
 
 
@@ -167,7 +172,7 @@ def _groups(table: GroupTable, values: dict[str, Tensor]) -> np.ndarray:
     return out.numpy()
 
 
-def _write_task(writer, name, task, rows, header, table, theta, *, text):
+def _write_task(writer, name, task, rows, header, table, theta, *, text, gradients):
     g = {k: v[:rows] for k, v in task.gradients.items()}
     encoded = [t.encode() for t in task.text[:rows]]
     lengths = [int(n) for n in task.length[:rows]]
@@ -179,7 +184,10 @@ def _write_task(writer, name, task, rows, header, table, theta, *, text):
             continue
         part = slice(first, last)
         segment = writer.segment(
-            name, range(first, last), ragged={k: sizes[part] for k, sizes in ragged.items()}
+            name,
+            range(first, last),
+            ragged={k: sizes[part] for k, sizes in ragged.items()},
+            gradients=gradients,
         )
         segment.put("sample/length", 0, task.length[part].astype(np.int32))
         segment.put("sample/tokens", 0, task.tokens[part].astype(np.int32))
@@ -194,7 +202,7 @@ def _write_task(writer, name, task, rows, header, table, theta, *, text):
         dot = _groups(table, {k: v[part].double() * theta[k] for k, v in g.items()})
         segment.put("groups/square", 0, square.astype(np.float32))
         segment.put("groups/dot", 0, dot.astype(np.float32))
-        for parameter in header.gradient_parameters:
+        for parameter in header.gradient_parameters if gradients else ():
             segment.put_gradient(parameter, 0, g[parameter][part])
         segment.commit()
     h = {k: task.h(k)[:rows] for k in g}

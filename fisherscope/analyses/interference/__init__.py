@@ -2,7 +2,18 @@
 
 from fisherscope.analyses.interference.analysis import interference
 from fisherscope.analyses.interference.form import interference_matrix
-from fisherscope.analyses.interference.query import matrix, sample_pair
+from fisherscope.analyses.interference.heatmap import BlockHeatmap, compute_heatmap
+from fisherscope.analyses.interference.permutation import OverlapTest
+from fisherscope.analyses.interference.query import compute_sample_pair, matrix
 from fisherscope.analyses.interference.result import InterferenceResult
 
-__all__ = ["InterferenceResult", "interference", "interference_matrix", "matrix", "sample_pair"]
+__all__ = [
+    "BlockHeatmap",
+    "InterferenceResult",
+    "OverlapTest",
+    "compute_heatmap",
+    "compute_sample_pair",
+    "interference",
+    "interference_matrix",
+    "matrix",
+]

@@ -4,114 +4,110 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from torch import Tensor
 
 from fisherscope.analyses.config import InterferenceConfig
-from fisherscope.analyses.interference.form import gradient_scale, interference_matrix
-from fisherscope.analyses.slices import Block, Loaded, SliceReader, damping
-from fisherscope.analyses.top import TopPairs
+from fisherscope.analyses.interference.form import FORMS, gradient_scale, product, whitening
+from fisherscope.analyses.slices import Loaded, SliceReader
+
+# How many tensors of the size of the scores exist at the same time, at most, while working on them.
+_COPIES = 8
+
+
+def row_stretches(rows: int, columns: int, budget: int) -> list[slice]:
+    """Stretches of rows so that scores with so many columns, and what is made of them, fit the budget."""
+    step = max(1, budget // (4 * _COPIES * columns))
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 @dataclass(frozen=True)
-class Health:
-    """What F of a slice looks like: the denominator of the scores.
+class Stretch:
+    """Some rows and columns of M.
 
     Attributes:
-        fisher_min, fisher_median, fisher_max: of F over the slice.
-        below_epsilon: share of its entries where F is below ``epsilon``.
-        ridge: lam as applied.
-        flat: F is 0 throughout, and the scores are 0 for that reason.
+        rows, columns: which.
+        scores: M there; NaN where a sample meets itself.
+        magnitude: M if each sample's operand were spread evenly over the slice; None where the form is
+            signed.
+        reported: what is reported of single pairs, where that differs from M.
     """
 
-    fisher_min: float
-    fisher_median: float
-    fisher_max: float
-    below_epsilon: float
-    ridge: float
-    flat: bool
+    rows: slice
+    columns: slice
+    scores: Tensor
+    magnitude: Tensor | None = None
+    reported: Tensor | None = None
 
-    @classmethod
-    def of(cls, fisher: Tensor, lam: float, epsilon: float) -> Health:
-        """Measure F ``[k]`` of one slice."""
-        low, high = fisher.aminmax()
-        below = float((fisher < epsilon).double().mean())
-        return cls(float(low), float(fisher.median()), float(high), below, lam, not float(high) > 0)
+    def blank_diagonal(self) -> None:
+        """Set NaN where a task meets itself and a sample itself."""
+        rows = torch.arange(self.rows.start, self.rows.stop)[:, None]
+        own = rows == torch.arange(self.columns.start, self.columns.stop)
+        for values in (self.scores, self.magnitude, self.reported):
+            if values is not None:
+                values.masked_fill_(own, torch.nan)
 
 
 class PairScorer:
-    """Scores of ordered pairs of tasks, block by block.
+    """Scores of ordered pairs of tasks on one slice, for the forms that weigh each entry by itself.
 
     Attributes:
-        rows: samples that form pairs, per task.
+        rows: samples that form pairs, per task: the first whose gradients are stored.
     """
 
     def __init__(self, reader: SliceReader, tasks: tuple[str, ...], config: InterferenceConfig) -> None:
         self.reader, self.config = reader, config
-        self.rows = {task: reader.rows(task, config.max_samples_per_task) for task in tasks}
-        self._scale = {task: gradient_scale(reader.store, task, config.normalize_gj) for task in tasks}
-
-    def denominators(
-        self, block: Block, pairs: list[tuple[str, str]]
-    ) -> dict[tuple[str, str], tuple[Tensor, float]]:
-        """F ``[heads, size]`` and lam of the block for each pair."""
-        pool = self.config.fisher_pool
-        # the tasks whose F enters a pair's denominator
-        sources = {(a, b): {"A": (a,), "B": (b,), "pooled": (a, b)}[pool] for a, b in pairs}
-        by_task = {task: self.reader.fisher(task, block) for task in dict.fromkeys(chain(*sources.values()))}
-        made: dict[tuple[str, ...], tuple[Tensor, float]] = {}
-        for source in sources.values():
-            if source not in made:
-                fisher = torch.stack([by_task[task] for task in source]).mean(0)
-                made[source] = fisher, damping(fisher, self.config)
-        return {pair: made[source] for pair, source in sources.items()}
-
-    def scores(
-        self, loaded: Loaded, a: str, b: str, fisher: Tensor, lam: float
-    ) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Stretches of M: rows of the first task, columns of the second, scores.
-
-        Where a task meets itself, a sample's score with itself is NaN.
-        """
-        for rows, left in loaded(a):
-            contributions = (left * self.reader.factors(a)[rows, None]).square_()
-            for columns, right in loaded(b):
-                scale = self._scale[b]
-                scaled = right if scale is None else right * scale[columns, None]
-                found = interference_matrix(contributions, fisher, scaled, lam, self.config.aggregate)
-                if a == b:
-                    own = torch.arange(rows.start, rows.stop)[:, None] == torch.arange(
-                        columns.start, columns.stop
-                    )
-                    found.masked_fill_(own, torch.nan)
-                yield rows, columns, found
-
-    def measure(
-        self, loaded: Loaded, a: str, b: str, fisher: Tensor, lam: float, top: TopPairs, label: int
-    ) -> dict[str, float]:
-        """``mean`` and ``max`` of M over the pairs, and ``sample_q95``; the best pairs go to ``top``.
-
-        ``sample_q95`` is the 95 % quantile, over the first task's samples, of a sample's mean score: how much
-        its most demanding samples lean on the slice. (The mean over all samples cannot tell: where F is the
-        first task's own, their contributions relative to F average to 1.)
-        """
-        n = self.rows[a]
-        totals, counts = torch.zeros(n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
-        highest = float("-inf")
-        for rows, columns, scores in self.scores(loaded, a, b, fisher, lam):
-            top.offer(scores.numpy(), label, first_row=rows.start, first_column=columns.start)
-            valid = ~scores.isnan()
-            totals[rows] += scores.nansum(1, dtype=torch.float64)
-            counts[rows] += valid.sum(1)
-            if bool(valid.any()):
-                highest = max(highest, float(scores[valid].max()))
-        if not float(counts.sum()):
-            return dict.fromkeys(("mean", "max", "sample_q95"), float("nan"))
-        samples = (totals / counts)[counts > 0]
-        return {
-            "mean": float(totals.sum() / counts.sum()),
-            "max": highest,
-            "sample_q95": float(samples.quantile(0.95)),
+        self.rows = {
+            task: min(reader.stored(task), reader.rows(task, config.max_samples_per_task)) for task in tasks
         }
+        self._form = FORMS[config.form]
+        self._left = {task: self._power(task, self._form.left_power) for task in tasks}
+        self._right = {task: self._right_factors(task) for task in tasks}
+
+    def _power(self, task: str, power: int) -> Tensor | None:
+        return self.reader.factors(task) ** power if power else None
+
+    def _right_factors(self, task: str) -> Tensor | None:
+        scale = gradient_scale(self.reader.store, task, self.config.normalize_gj)
+        return self._power(task, self._form.right_power) if scale is None else scale
+
+    def stretches(self, loaded: Loaded, a: str, b: str, fisher: Tensor, lam: float) -> Iterator[Stretch]:
+        """M in stretches of rows (samples of the first task) and columns (samples of the second).
+
+        Args:
+            loaded: gradients of the slice.
+            a, b: the tasks.
+            fisher: F of the slice ``[k]``.
+            lam: damping.
+        """
+        white = whitening(fisher, lam)
+        for rows, first in loaded(a):
+            for columns, second in loaded(b):
+                for some in row_stretches(len(first), len(second), self.reader.memory_budget):
+                    place = slice(rows.start + some.start, rows.start + some.stop)
+                    yield self._stretch((a, place, first[some]), (b, columns, second), white)
+
+    def _stretch(
+        self, first: tuple[str, slice, Tensor], second: tuple[str, slice, Tensor], white: Tensor
+    ) -> Stretch:
+        (a, rows, left), (b, columns, right) = first, second
+        found = product(self._form, left, right, white)
+        # factors of samples go to the scores, of which there are fewer than entries
+        scores, left_sums, right_sums = found.scores, found.left, found.right
+        if (factors := self._left[a]) is not None:
+            scores.mul_(factors[rows, None])
+            left_sums.mul_(factors[rows])
+        if (factors := self._right[b]) is not None:
+            scores.mul_(factors[columns])
+            right_sums.mul_(factors[columns])
+        size = len(white)
+        magnitude = None if self._form.signed else torch.outer(left_sums, right_sums).div_(size)
+        if self.config.aggregate == "mean":
+            scores.div_(size)
+            if magnitude is not None:
+                magnitude.div_(size)
+        stretch = Stretch(rows, columns, scores, magnitude)
+        if a == b:
+            stretch.blank_diagonal()
+        return stretch

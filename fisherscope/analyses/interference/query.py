@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 import xarray as xr
 
 from fisherscope.analyses.config import InterferenceConfig
+from fisherscope.analyses.interference.denominator import denominators
 from fisherscope.analyses.interference.form import gradient_scale, interference_matrix
-from fisherscope.analyses.interference.pairs import PairScorer
-from fisherscope.analyses.slices import Loaded, SliceReader, find_block
+from fisherscope.analyses.interference.full import FullScorer
+from fisherscope.analyses.interference.measuring import applied, nothing_stored, rows_to_load, scorer_for
+from fisherscope.analyses.slices import Block, Loaded, SliceReader, find_block
 from fisherscope.store import ContributionStore
 
-_BUDGET = 1 << 30
+BUDGET = 1 << 30
 
 
 def matrix(
@@ -24,7 +28,8 @@ def matrix(
     head: int,
     stack: str = "decoder",
     config: InterferenceConfig | None = None,
-    memory_budget: int = _BUDGET,
+    leave_pair_out: bool = False,
+    memory_budget: int = BUDGET,
 ) -> xr.DataArray:
     """Interference of every pair of samples on one head slice.
 
@@ -34,59 +39,58 @@ def matrix(
         task_b: whose samples move them (g).
         layer, block, head, stack: the slice; a query head for Q and O, a kv head for K and V.
         config: form of the score; defaults where None.
+        leave_pair_out: for the form "full": F without the two samples of each pair, as in lists of pairs.
         memory_budget: bytes of gradients to hold at a time.
 
     Returns:
-        Axes (sample_a, sample_b) with the sample ids; ``attrs`` tell the slice, lam and the form. Where a
-        task meets itself, the diagonal is NaN.
+        Axes (sample_a, sample_b) with the sample ids, float32; ``attrs`` tell the slice, lam and the form.
+        Where a task meets itself, the diagonal is NaN. Zeros, with a warning, where a task has no stored
+        gradients.
 
     Raises:
         KeyError: no such task or slice, or its gradients are not stored.
         IndexError: no such head.
+        ValueError: ``leave_pair_out`` with another form than "full".
     """
     config = config or InterferenceConfig()
+    if leave_pair_out and config.form != "full":
+        raise ValueError(f"leave_pair_out is for the form 'full', not for {config.form!r}")
     found = find_block(store, layer, block, config.part, stack)
     if not 0 <= head < len(found):
         raise IndexError(f"{block} of layer {layer} has {len(found)} heads, asked for {head}")
     reader = SliceReader(store, memory_budget)
-    scorer = PairScorer(reader, tuple(dict.fromkeys((task_a, task_b))), config)
-    fisher, lam = scorer.denominators(found, [(task_a, task_b)])[task_a, task_b]
-    scores = torch.empty(scorer.rows[task_a], scorer.rows[task_b])
-    loaded = Loaded(reader, found, head, scorer.rows)
-    for rows, columns, part in scorer.scores(loaded, task_a, task_b, fisher[head], lam):
-        scores[rows, columns] = part
-    ids = [store.samples(task)["id"].to_numpy()[: scorer.rows[task]] for task in (task_a, task_b)]
+    scores, lam = _scores(reader, found, head, (task_a, task_b), config, leave_pair_out=leave_pair_out)
+    samples = [store.samples(task)["id"].to_numpy() for task in (task_a, task_b)]
+    options = applied(config)
+    kept = ("part", "form", "aggregate", "fisher_pool", "normalize_gj")
     return xr.DataArray(
         scores.numpy(),
         dims=("sample_a", "sample_b"),
-        coords={"sample_a": ids[0], "sample_b": ids[1]},
+        coords={
+            axis: ids[:n]
+            for axis, ids, n in zip(("sample_a", "sample_b"), samples, scores.shape, strict=True)
+        },
         name="interference",
         attrs={
             "task_a": task_a,
             "task_b": task_b,
-            "stack": stack,
-            "layer": layer,
-            "block": block,
+            **found.key,
             "head": head,
-            "part": config.part,
-            "form": "unsigned",
-            "aggregate": config.aggregate,
-            "fisher_pool": config.fisher_pool,
-            "normalize_gj": config.normalize_gj,
+            **{name: options[name] for name in kept},
             "ridge": lam,
         },
     )
 
 
-def sample_pair(
+def compute_sample_pair(
     store: ContributionStore,
     task_a: str,
-    row_a: int,
+    sample_i: int,
     task_b: str,
-    row_b: int,
-    *,
+    sample_j: int,
     layer: int,
     head: int,
+    *,
     stack: str = "decoder",
     config: InterferenceConfig | None = None,
 ) -> dict[str, float]:
@@ -94,42 +98,133 @@ def sample_pair(
 
     Args:
         store: an open store.
-        task_a, row_a: the sample that leans on the entries.
-        task_b, row_b: the sample that moves them.
+        task_a, sample_i: the sample that leans on the entries, by its position in ``store.samples(task_a)``.
+        task_b, sample_j: the sample that moves them.
         layer, head, stack: the query head; K and V are those of the kv head that it uses, and so the same for
             all query heads that share it.
-        config: form of the score; defaults where None.
+        config: form of the score; defaults where None. With the form "full", F is that of the other samples.
 
     Returns:
-        Score per block: ``{"Q": ..., "K": ..., "V": ..., "O": ...}``.
+        Score per block: ``{"Q": ..., "K": ..., "V": ..., "O": ...}``. Zeros, with a warning, where a task has
+        no stored gradients.
 
     Raises:
         KeyError: no such task, layer or block, or its gradients are not stored.
-        IndexError: no such head or row.
+        IndexError: no such head, or no such sample, or one whose gradients are not stored.
+        ValueError: a sample with itself.
     """
     config = config or InterferenceConfig()
     attention = store.layout.attention_layer(layer, stack)
-    reader = SliceReader(store, _BUDGET)
-    scorer = PairScorer(reader, tuple(dict.fromkeys((task_a, task_b))), config)
-    for task, row in ((task_a, row_a), (task_b, row_b)):
-        if not 0 <= row < reader.rows(task):
-            raise IndexError(f"task {task!r} has {reader.rows(task)} samples, asked for row {row}")
-    scale = gradient_scale(store, task_b, config.normalize_gj)
-    factor = 1.0 if scale is None else float(scale[row_b])
-    scores = {}
-    for block in attention.blocks:
-        part = block.part(config.part)
-        if part is None or part.parameter not in store.gradient_parameters:
-            continue
-        found = find_block(store, layer, block.name, config.part, stack)
-        piece = attention.head_of(block.name, head)
-        fisher, lam = scorer.denominators(found, [(task_a, task_b)])[task_a, task_b]
-        left = reader.normalised(task_a, found, piece, slice(row_a, row_a + 1)).square_()
-        right = reader.gradients(task_b, found, piece, slice(row_b, row_b + 1)) * factor
-        scores[block.name] = float(interference_matrix(left, fisher[piece], right, lam, config.aggregate))
-    if not scores:
-        raise KeyError(
-            f"{store.path} stores no gradients of layer {layer}: collect it with "
-            "SampleGradients(parameters='attention')"
+    attention.kv_head(head)
+    blocks = stored_names(store, layer, stack, config)
+    reader = SliceReader(store, BUDGET)
+    for task, row in ((task_a, sample_i), (task_b, sample_j)):
+        n, stored = reader.rows(task), reader.stored(task)
+        if not 0 <= row < (stored or n):
+            raise IndexError(
+                f"task {task!r} has {n} samples, and gradients of the first {stored}: asked for row {row}"
+            )
+    if (task_a, sample_i) == (task_b, sample_j):
+        raise ValueError(
+            f"sample {sample_i} of {task_a!r} does not interfere with itself: choose two samples"
         )
-    return scores
+    if warn_of_empty(reader, (task_a, task_b)):
+        return dict.fromkeys(blocks, 0.0)
+    found = {}
+    for name in blocks:
+        block = find_block(store, layer, name, config.part, stack)
+        piece = attention.head_of(name, head)
+        if config.form == "full":
+            scores, _ = _scores(reader, block, piece, (task_a, task_b), config, leave_pair_out=True)
+            found[name] = float(scores[sample_i, sample_j])
+        else:
+            found[name] = _single(reader, block, piece, (task_a, sample_i), (task_b, sample_j), config)
+    return found
+
+
+def stored_names(store: ContributionStore, layer: int, stack: str, config: InterferenceConfig) -> list[str]:
+    """Blocks of a layer whose gradients are stored.
+
+    Raises:
+        KeyError: no such layer, or none is.
+    """
+    stored = set(store.gradient_parameters)
+    parts = [
+        (block.name, block.part(config.part)) for block in store.layout.attention_layer(layer, stack).blocks
+    ]
+    if found := [name for name, part in parts if part is not None and part.parameter in stored]:
+        return found
+    raise KeyError(
+        f"{store.path} stores no gradients of layer {layer}: collect it with "
+        "SampleGradients(parameters='attention')"
+    )
+
+
+def warn_of_empty(reader: SliceReader, tasks: tuple[str, str]) -> bool:
+    """Whether one of the tasks has no stored gradients at all, with a warning."""
+    empty = [task for task in dict.fromkeys(tasks) if not reader.stored(task)]
+    for task in empty:
+        warnings.warn(nothing_stored(reader, task), stacklevel=3)
+    return bool(empty)
+
+
+def warn_of_damping(what: str) -> None:
+    """Warn that in-sample scores of the full form tell little."""
+    warnings.warn(
+        f"{what} the smallest non-zero eigenvalue of F: scores come near the identity matrix, whatever the "
+        "samples; raise ridge_rel",
+        stacklevel=4,
+    )
+
+
+def _scores(
+    reader: SliceReader,
+    block: Block,
+    head: int,
+    tasks: tuple[str, str],
+    config: InterferenceConfig,
+    *,
+    leave_pair_out: bool,
+) -> tuple[torch.Tensor, float]:
+    """M of one slice ``[n_a, n_b]``, and lam."""
+    a, b = tasks
+    if warn_of_empty(reader, tasks):
+        return torch.zeros(*(reader.rows(task, config.max_samples_per_task) for task in tasks)), float("nan")
+    scorer = scorer_for(reader, tuple(dict.fromkeys(tasks)), config)
+    fisher, lam = denominators(reader, block, [tasks], config)[tasks]
+    loaded = Loaded(reader, block, head, rows_to_load(scorer))
+    scores = torch.empty(scorer.rows[a], scorer.rows[b])
+    for stretch in scorer.stretches(loaded, a, b, fisher[head], lam):
+        chosen = stretch.reported if leave_pair_out else stretch.scores
+        assert chosen is not None
+        scores[stretch.rows, stretch.columns] = chosen
+    if isinstance(scorer, FullScorer):
+        solved = scorer.solve(loaded, a, b)
+        lam = solved.lam
+        if solved.barely_damped:
+            warn_of_damping(f"lam = {lam:.3g} is below {solved.smallest:.3g},")
+    return scores, lam
+
+
+def _single(
+    reader: SliceReader,
+    block: Block,
+    head: int,
+    first: tuple[str, int],
+    second: tuple[str, int],
+    config: InterferenceConfig,
+) -> float:
+    """The score of two samples, of which alone gradients are read; F may be read of all."""
+    assert config.form != "full"
+    (a, i), (b, j) = first, second
+    fisher, lam = denominators(reader, block, [(a, b)], config)[a, b]
+    left = reader.normalised(a, block, head, slice(i, i + 1))
+    if config.one_sided:
+        right = reader.gradients(b, block, head, slice(j, j + 1))
+        scale = gradient_scale(reader.store, b, config.normalize_gj)
+        if scale is not None:
+            right = right * scale[j]
+    else:
+        right = reader.normalised(b, block, head, slice(j, j + 1))
+    aggregate = config.aggregate
+    return float(interference_matrix(left, right, fisher[head], lam, form=config.form, aggregate=aggregate))

@@ -13,16 +13,19 @@ from fisherscope.report.figures.registry import Figure, register_figures
 def interference_figures(result: InterferenceResult) -> list[Figure]:
     """One heat map per ordered pair of tasks."""
     return [
-        _map(str(a), str(b), rows, result.telling)
+        _map(str(a), str(b), rows, result)
         for (a, b), rows in result.frame.groupby(["task_a", "task_b"], sort=False)
         if rows["mean"].notna().any()
     ]
 
 
-def _map(a: str, b: str, rows: pd.DataFrame, value: str) -> Figure:
+def _map(a: str, b: str, rows: pd.DataFrame, result: InterferenceResult) -> Figure:
+    value = result.telling
     hover = [
         Hover("mean score", "mean"),
         Hover("highest score", "max"),
+        Hover("overlap beyond that within tasks", "effect", "+.2g"),
+        Hover("q of that", "q", ".2g"),
         Hover("median F", "fisher_median"),
         Hover("F below epsilon", "below_epsilon", ".1%"),
         Hover("damping", "ridge"),
@@ -30,7 +33,9 @@ def _map(a: str, b: str, rows: pd.DataFrame, value: str) -> Figure:
     which = "mean score" if value == "mean" else f"score that 5% of {a}'s samples exceed"
     return Figure(
         title=f"{a} on {b}: {which}, per head slice",
-        plot=head_map(rows, value, "score", hover=hover),
+        plot=head_map(
+            rows, value, "score", hover=hover, scale="diverging" if result.signed else "sequential"
+        ),
         caption=f"Over all pairs of a sample of {a}, whose contributions count, and one of {b}, whose "
         f"gradient moves the weights. {heads_note(rows)}".strip(),
         wide=True,
