@@ -43,6 +43,8 @@ def refuse_changed_gradients(model: nn.Module) -> None:
 
 def _there(estimate: Estimate, path: Path) -> int:
     """Bytes of the estimate that a store holds already."""
+    if not path.is_dir():
+        return 0
     try:
         store = open_store(path)
     except (StoreError, OSError):
