@@ -101,7 +101,7 @@ def test_options_reach_the_collection(model_dir, tasks, tmp_path, run):
 
 def test_encodings_reach_the_collection(model_dir, tasks, tmp_path, run):
     """How gradients are stored, and an estimate of it with what would take less."""
-    flags = ["--encoding", "lowrank", "--rank", "2", "--dtype", "float16"]
+    flags = ["--encoding", "lowrank", "--gradient-rank", "2", "--dtype", "float16"]
     common = ["--model", model_dir, *tasks, "-q", "--batch-size", "4", *flags]
     assert run("collect", *common, "--out", tmp_path / "run.fs", "--durability", "none").exit_code == 0
     header = fs.open_store(tmp_path / "run.fs").header
@@ -110,7 +110,7 @@ def test_encodings_reach_the_collection(model_dir, tasks, tmp_path, run):
     shown = run("estimate", *common, "--no-measure")
     assert shown.exit_code == 0, shown.stderr
     assert "groups" in shown.stdout
-    assert run("collect", *common, "--rank", "0").exit_code == 2
+    assert run("collect", *common, "--gradient-rank", "0").exit_code == 2
 
 
 def test_truncation_is_reported(model_dir, tasks, tmp_path, run):
