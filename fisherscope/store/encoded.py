@@ -16,6 +16,7 @@ from fisherscope.store.factors import position_counts, read_errors, read_factors
 from fisherscope.store.gradients import read_parameter
 from fisherscope.store.index import TaskIndex
 from fisherscope.store.opened import OpenStore
+from fisherscope.store.presence import is_stored
 
 _STREAM_BYTES = 256 << 20
 
@@ -33,10 +34,14 @@ def read(store: OpenStore, index: TaskIndex, parameter: str, chosen: NDArray[np.
 def stream(store: OpenStore, index: TaskIndex, parameter: str) -> Iterator[tuple[slice, PerSampleGradient]]:
     """All samples in order, in pieces that fit the memory budget."""
     every = np.arange(len(index))
+    place = store.gradient_plan.places[parameter]
+    missing = [c.targets.min() for c in index.chunks(every) if not is_stored(store, c, place)]
+    # what is there before the first sample without gradients comes first; then reading says which lacks them
+    there = int(min(missing, default=len(index)))
     sizes = _sample_bytes(store, index, parameter, every)
     start = 0
     while start < len(index):
-        stop = _end_of_piece(sizes, start, store.memory_budget)
+        stop = _end_of_piece(sizes[: there if start < there else None], start, store.memory_budget)
         yield slice(start, stop), read(store, index, parameter, every[start:stop])
         start = stop
 

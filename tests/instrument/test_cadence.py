@@ -120,6 +120,16 @@ def test_gradients_of_the_first_rows_only(tmp_path: Path, monkeypatch: pytest.Mo
     )
     with pytest.raises(fs.errors.NotStoredError, match="a_5"):
         some.gradients("a", name, [5])
+    for encoding in ("dense", "factored"):
+        kept = (fs.SampleGradients(max_samples=5, encoding=encoding),)
+        store = scope.collect(
+            {"a": rows}, tmp_path / f"{encoding}.fs", batch_size=4, quiet=True, extensions=kept
+        )
+        pieces = store.stream("a", name)
+        taken, first = next(pieces)
+        assert (taken, first.n) == (slice(0, 5), 5)
+        with pytest.raises(fs.errors.NotStoredError, match="a_5"):
+            next(pieces)
     assert some.group_values("a")["square"].shape == whole.group_values("a")["square"].shape
     assert some.fisher("a", name).allclose(whole.fisher("a", name), rtol=1e-4)
     estimated = scope.estimate(
