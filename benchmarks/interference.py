@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,6 +28,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from bars import Row, row, show
 from harness import interleaved, qwen2, token_ids, write
 from torch import Tensor
 from transformers.utils import logging
@@ -67,32 +67,6 @@ class Size:
 
 
 SMOKE = Size(64, 4, (6,), 64, 8, 1)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One ratio.
-
-    Attributes:
-        ratio, low, high: median and quartiles over the repetitions.
-        bar: what it should be, in words; empty where there is none.
-        ok: whether it is.
-    """
-
-    setting: str
-    variant: str
-    ratio: float
-    low: float
-    high: float
-    bar: str
-    ok: bool
-
-
-def row(setting: str, variant: str, values: list[float], *, least: float = 0.0, most: float = 0.0) -> Row:
-    """A row of ratios, one per repetition."""
-    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
-    bar = f"at least {least:g}" if least else f"at most {most:g}" if most else ""
-    return Row(setting, variant, middle, low, high, bar, middle >= least and (not most or middle <= most))
 
 
 @contextmanager
@@ -253,18 +227,6 @@ def child(path: str, budget: int) -> None:
     done.set()
     watcher.join()
     print(json.dumps(max(peak - before, 1)))
-
-
-def show(rows: list[Row]) -> None:
-    """Print what was measured together."""
-    last = ""
-    for one in rows:
-        if one.setting != last:
-            print(f"\n{one.setting}; {torch.get_num_threads()} threads")
-            print(f"  {'':<40} median  (quartiles)      bar")
-        last = one.setting
-        spread = f"({one.low:.2f}-{one.high:.2f})"
-        print(f"  {one.variant:<40} {one.ratio:6.2f}  {spread:<15}  {one.bar}{'' if one.ok else '  MISSED'}")
 
 
 def main() -> None:

@@ -20,7 +20,6 @@ import argparse
 import json
 import os
 import shutil
-import statistics
 import tempfile
 import time
 import warnings
@@ -31,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from bars import Row, row, show
 from harness import interleaved, write
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -45,25 +45,6 @@ from fisherscope.store.records import shard_name
 
 PARTS = ("seal", "read", "collect", "open")
 TASK = "a"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One comparison.
-
-    Attributes:
-        ratio, low, high: median and quartiles over the repetitions.
-        bar: what the ratio should not be below ("at least") or above ("at most").
-        ok: whether the median is on the right side.
-    """
-
-    setting: str
-    variant: str
-    ratio: float
-    low: float
-    high: float
-    bar: str
-    ok: bool
 
 
 @dataclass(frozen=True)
@@ -87,7 +68,7 @@ def compare(
     setting: str,
     seconds: Mapping[str, list[float]],
     base: str,
-    bar: tuple[str, float],
+    bar: Mapping[str, float],
     *,
     speed: bool = False,
 ) -> list[Row]:
@@ -96,15 +77,8 @@ def compare(
     for name in [name for name in seconds if name != base]:
         pairs = list(zip(seconds[name], seconds[base], strict=True))
         each = [b / t if speed else t / b for t, b in pairs]
-        low, middle, high = statistics.quantiles(each, n=4) if len(each) > 1 else each * 3
-        rows.append(judged(setting, name, middle, low, high, bar))
+        rows.append(row(setting, name, each, **bar))
     return rows
-
-
-def judged(setting: str, name: str, middle: float, low: float, high: float, bar: tuple[str, float]) -> Row:
-    """A row with its verdict."""
-    ok = middle >= bar[1] if bar[0] == "at least" else middle <= bar[1]
-    return Row(setting, name, middle, low, high, f"{bar[0]} {bar[1]:g}", ok)
 
 
 def layout_of(layers: int, heads: int, width: int, head_dim: int) -> ModelLayout:
@@ -197,7 +171,7 @@ def sealing(size: Size, place: str, directory: Path, repeats: int) -> list[Row]:
             taken = function()
             seconds[name] += [taken] if repeat else []
     setting = f"sealing {size.shards} shards of {len(payload) / 1e6:.0f} MB on {place}, speed"
-    return compare(setting, seconds, "raw", ("at least", 0.8), speed=True)
+    return compare(setting, seconds, "raw", {"least": 0.8}, speed=True)
 
 
 def reading(size: Size, directory: Path, repeats: int) -> list[Row]:
@@ -242,7 +216,7 @@ def reading(size: Size, directory: Path, repeats: int) -> list[Row]:
     ):
         seconds = interleaved({"np.memmap": base, when: ours}, repeats)
         setting = f"one head of {size.shards * n} samples ({mb:.1f} MB), time"
-        rows += compare(setting, seconds, "np.memmap", ("at most", 1.2))
+        rows += compare(setting, seconds, "np.memmap", {"most": 1.2})
     return rows
 
 
@@ -269,7 +243,7 @@ def collecting(size: Size, directory: Path, repeats: int) -> list[Row]:
         "attention gradients, dense": lambda: collect(fs.SampleGradients(encoding="dense")),
     }
     setting = f"collecting {len(tasks[TASK])} samples with the demo's model on tmpfs, time"
-    return compare(setting, interleaved(functions, repeats), "without", ("at most", 1.3))
+    return compare(setting, interleaved(functions, repeats), "without", {"most": 1.3})
 
 
 def opening(size: Size, directory: Path, repeats: int) -> list[Row]:
@@ -291,10 +265,9 @@ def opening(size: Size, directory: Path, repeats: int) -> list[Row]:
             file.write(encode_line(Line(record, line.table)))
     datasets = len(open_store(root).task_index(TASK).segments[0].shard.datasets)
     seconds = interleaved({"open": lambda: open_store(root)}, repeats)["open"]
-    low, middle, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
     mb = journal.stat().st_size / 1e6
     setting = f"opening {size.opened} shards of {datasets} datasets ({mb:.0f} MB), seconds"
-    return [judged(setting, "open_store", middle, low, high, ("at most", 1.0))]
+    return [row(setting, "open_store", seconds, most=1.0)]
 
 
 @contextmanager
@@ -302,18 +275,6 @@ def scratch(parent: Path) -> Iterator[Path]:
     """A directory that is gone afterwards."""
     with tempfile.TemporaryDirectory(dir=parent) as path:
         yield Path(path)
-
-
-def show(rows: list[Row]) -> None:
-    """Print what was measured together."""
-    last = ""
-    for row in rows:
-        if row.setting != last:
-            print(f"\n{row.setting}")
-            print(f"  {'':<40} median  (quartiles)  bar")
-        last = row.setting
-        spread = f"({row.low:.2f}-{row.high:.2f})"
-        print(f"  {row.variant:<40} {row.ratio:6.2f}  {spread:<11}  {row.bar}{'' if row.ok else '  MISSED'}")
 
 
 def main() -> None:

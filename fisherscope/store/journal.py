@@ -9,7 +9,6 @@ when the shard is read.
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import re
@@ -96,7 +95,7 @@ class Scan:
     good: int
 
 
-def scan(content: bytes, path: Path) -> Scan:
+def scan(file: BinaryIO, path: Path) -> Scan:
     """Read the intact lines from the start of a journal.
 
     A damaged or unterminated end is what a crash leaves, and is left out. An intact line *behind* a
@@ -105,10 +104,6 @@ def scan(content: bytes, path: Path) -> Scan:
     Raises:
         CorruptStoreError: a committed line is damaged, or lines are missing.
     """
-    return _scan(io.BytesIO(content), path)
-
-
-def _scan(file: BinaryIO, path: Path) -> Scan:
     lines: list[Line] = []
     good = intact = 0
     torn = False
@@ -147,7 +142,7 @@ def read(root: Path, rank: int) -> Scan:
         size = os.fstat(file.fileno()).st_size
         if size > MAX_JOURNAL_BYTES:
             raise CorruptStoreError(f"{path} has {size} bytes, more than the {MAX_JOURNAL_BYTES} allowed")
-        return _scan(file, path)
+        return scan(file, path)
 
 
 def is_at_work(root: Path, rank: int) -> bool:

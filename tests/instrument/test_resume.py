@@ -60,6 +60,21 @@ def _wait_for_journal(out: Path, lines: int) -> None:
     raise AssertionError("the child wrote nothing in two minutes")
 
 
+def interrupt_at_batch(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Ctrl-C while the batch of that number runs, counted from 1."""
+    from fisherscope.instrument import collection
+
+    run_batch, seen = collection.Collection.run_batch, []
+
+    def interrupt(self: collection.Collection, *args: object) -> None:
+        run_batch(self, *args)  # type: ignore[arg-type]
+        seen.append(1)
+        if len(seen) == number:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(collection.Collection, "run_batch", interrupt)
+
+
 def assert_identical(one: fs.ContributionStore, other: fs.ContributionStore) -> None:
     """Bit for bit: samples, gradients, group values, F and mean h."""
     assert one.tasks == other.tasks
@@ -101,18 +116,8 @@ def test_killed_and_run_again_is_bit_identical(tmp_path: Path) -> None:
 
 def test_interrupt_seals_and_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C stops after the current batch, keeps what is done, restores the handlers, and resumes."""
-    from fisherscope.instrument import collection
 
-    seen = []
-    run_batch = collection.Collection.run_batch
-
-    def interrupt_at_the_third(self: collection.Collection, *args: object) -> None:
-        run_batch(self, *args)  # type: ignore[arg-type]
-        seen.append(1)
-        if len(seen) == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(collection.Collection, "run_batch", interrupt_at_the_third)
+    interrupt_at_batch(monkeypatch, 3)
     before = signal.getsignal(signal.SIGINT)
     out = tmp_path / "run.fs"
     with pytest.raises(Interrupted, match=r"3 of 12 batches of task 'a'") as caught:
@@ -197,15 +202,7 @@ def test_another_batch_size_and_another_order_resume(
     from fisherscope.instrument import collection
 
     rows, out = models.rows(24), tmp_path / "run.fs"
-    run_batch, seen = collection.Collection.run_batch, []
-
-    def interrupt(self: collection.Collection, *args: object) -> None:
-        run_batch(self, *args)  # type: ignore[arg-type]
-        seen.append(1)
-        if len(seen) == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(collection.Collection, "run_batch", interrupt)
+    interrupt_at_batch(monkeypatch, 2)
     with pytest.raises(Interrupted):
         fs.wrap(models.build(SETTING)).collect({"a": rows}, out, batch_size=5, quiet=True)
     monkeypatch.undo()
@@ -256,21 +253,12 @@ def test_a_task_may_get_more_samples(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("afterwards", [1, 3])
 def test_ranks_share_the_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, afterwards: int) -> None:
     """Two ranks at once, one of them stopped; then another number of ranks finishes: the same content."""
-    from fisherscope.instrument import collection
 
     rows, out = models.rows(24), tmp_path / "run.fs"
     scope = fs.wrap(models.build(SETTING))
     scope.collect({"a": rows}, out, batch_size=3, rank=1, world_size=2, quiet=True)
     assert fs.open_store(out).committed("a") == 12
-    run_batch, seen = collection.Collection.run_batch, []
-
-    def interrupt(self: collection.Collection, *args: object) -> None:
-        run_batch(self, *args)  # type: ignore[arg-type]
-        seen.append(1)
-        if len(seen) == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(collection.Collection, "run_batch", interrupt)
+    interrupt_at_batch(monkeypatch, 2)
     with pytest.raises(Interrupted, match="2 of 4 batches"):
         scope.collect({"a": rows}, out, batch_size=3, rank=0, world_size=2, quiet=True)
     monkeypatch.undo()

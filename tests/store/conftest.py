@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from tests.store.contents import TwoTasks
 from tests.store.store_cases import Run, header_of, small_layout, toy_layout
 
 
@@ -29,3 +30,15 @@ def small():
 def root(tmp_path):
     """A directory that does not exist yet."""
     return tmp_path / "run.fs"
+
+
+@pytest.fixture(scope="module")
+def tasks():
+    """A run over two tasks whose content is known."""
+    return TwoTasks()
+
+
+@pytest.fixture(scope="module")
+def truth(tasks, tmp_path_factory):
+    """Every sample and every state of the aggregates of a run that nothing disturbs."""
+    return tasks.states(tmp_path_factory.mktemp("truth") / "run.fs")

@@ -13,7 +13,7 @@ import pytest
 
 from fisherscope.errors import StoreError, StoreFullError
 from fisherscope.store import StoreWriter, open_store
-from tests.store.contents import TwoTasks, assert_finished, committed, everything_of
+from tests.store.contents import assert_finished, committed, everything_of
 from tests.store.faults import Calls, FailingAt, in_a_fork, killed_at, was_killed
 from tests.store.store_cases import assert_holds, names
 
@@ -21,17 +21,6 @@ ROOT = Path(__file__).resolve().parents[2]
 
 SLOW = pytest.param("every", marks=[pytest.mark.slow, pytest.mark.timeout(1800)])
 HOW = [pytest.param({}, id="at once"), pytest.param({"queue": 2}, id="in the background")]
-
-
-@pytest.fixture(scope="module")
-def tasks():
-    return TwoTasks()
-
-
-@pytest.fixture(scope="module")
-def truth(tasks, tmp_path_factory):
-    """Every sample and every state of the aggregates of a run that nothing disturbs."""
-    return tasks.states(tmp_path_factory.mktemp("truth") / "run.fs")
 
 
 @pytest.fixture(scope="module")

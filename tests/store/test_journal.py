@@ -1,5 +1,6 @@
 """The journal: whatever happens to its bytes, a prefix of the truth is read or an error raised."""
 
+import io
 import json
 import zlib
 from pathlib import Path
@@ -40,9 +41,9 @@ def test_a_line_is_what_the_documentation_says(content):
 
 def test_truncated_at_every_byte_a_journal_reads_as_a_prefix(content):
     """A torn end is left out; no line is lost that was whole, none is invented."""
-    whole = scan(content, PATH).lines
+    whole = scan(io.BytesIO(content), PATH).lines
     for length in range(len(content) + 1):
-        found = scan(content[:length], PATH)
+        found = scan(io.BytesIO(content[:length]), PATH)
         count = content[:length].count(b"\n")
         assert found.lines == whole[:count]
         assert found.good == len(b"".join(content.splitlines(True)[:count]))
@@ -52,14 +53,14 @@ def test_truncated_at_every_byte_a_journal_reads_as_a_prefix(content):
 def test_flipped_at_every_byte_a_journal_reads_as_a_prefix_or_not_at_all(content, flip):
     """Damage reads as a torn end in the last line, elsewhere as an error, never as another record."""
     # the lines of segments and snapshots are long and alike: every byte of the short ones, a part of these
-    whole = scan(content, PATH).lines
+    whole = scan(io.BytesIO(content), PATH).lines
     last = content.rstrip(b"\n").rfind(b"\n")
     positions = [p for p in range(len(content)) if p % 7 == flip % 7 or p < 1200 or p > last - 200]
     for position in positions:
         damaged = bytearray(content)
         damaged[position] ^= flip
         try:
-            found = scan(bytes(damaged), PATH).lines
+            found = scan(io.BytesIO(bytes(damaged)), PATH).lines
         except CorruptStoreError:
             assert position <= last
         else:
@@ -69,7 +70,7 @@ def test_flipped_at_every_byte_a_journal_reads_as_a_prefix_or_not_at_all(content
 
 def test_zeros_behind_the_last_line_are_a_torn_end(content):
     """A file system may show zeros where the last write did not arrive."""
-    assert scan(content + bytes(5000), PATH).good == len(content)
+    assert scan(io.BytesIO(content + bytes(5000)), PATH).good == len(content)
 
 
 def test_a_reader_of_a_torn_journal_sees_what_was_committed(small, root):

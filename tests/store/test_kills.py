@@ -35,11 +35,6 @@ def tasks():
     return Long()
 
 
-@pytest.fixture(scope="module")
-def truth(tasks, tmp_path_factory):
-    return tasks.states(tmp_path_factory.mktemp("truth") / "run.fs")
-
-
 @pytest.mark.parametrize("how", [{}, {"queue": 2}], ids=["at once", "in the background"])
 def test_thirty_kills_at_random_calls_lose_and_repeat_nothing(tasks, truth, tmp_path, how):
     """Each run goes on from the last; what a reader saw once it sees after every later kill."""

@@ -8,20 +8,10 @@ import pytest
 from fisherscope.errors import StoreError
 from fisherscope.store import open_store
 from fisherscope.store.journal import decode_line
-from tests.store.contents import Seen, TwoTasks, assert_finished, committed, everything_of
+from tests.store.contents import Seen, assert_finished, committed, everything_of
 from tests.store.disk_model import Disk, Recorder
 
 SLOW = pytest.param(1, 4, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])
-
-
-@pytest.fixture(scope="module")
-def tasks():
-    return TwoTasks()
-
-
-@pytest.fixture(scope="module")
-def truth(tasks, tmp_path_factory):
-    return tasks.states(tmp_path_factory.mktemp("truth") / "run.fs")
 
 
 def recorded(tasks, base, **options):
