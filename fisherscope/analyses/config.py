@@ -142,16 +142,41 @@ class ConflictConfig:
     """Options of `conflict`.
 
     Attributes:
+        metric: cosines of "natural" gradients, h / sqrt(F + lam), or "euclidean" ones, h as it is.
+        fisher_pool: whose F whitens: "pooled", the mean of both tasks'; "per_task", each its own;
+            "leave_one_out", the pooled F without the sample that is whitened.
+        fisher_weighting: what F averages: the contributions h^2 as they are, or those of gradients of "unit"
+            norm, so that one outlier does not rule it.
+        level: false discovery rate up to which something counts as found.
+        correction: "bh", or "by" or "ebh", which hold under any dependence and find less.
         min_effect_size: a pair is reported when its cosine lies at least this far below the mean cosine
-            of samples of one task.
-        top_pairs: most opposed pairs kept per pair of tasks.
-        max_samples_per_task: pairs are formed of the first samples of each task; None takes all.
+            of samples of one task. It filters what is reported, never what is tested.
+        margin: mean cosines of tasks are tested against -margin; None takes, for each slice, what different
+            clusters of samples of one task do to each other.
+        contribution_averaging_window: so many neighbouring samples are averaged before anything is tested,
+            for noisy data.
+        calibration_splits: random halves of single tasks on which the tests are tried; where they find
+            something there too often, q-values are withheld. 0 leaves it out.
+        top_pairs: most opposed pairs kept per pair of tasks, beside all that are found.
+        position_pairs: most opposed pairs whose positions are looked into, where gradients are stored as
+            factors.
+        max_samples_per_task: pairs are formed of the first samples of each task; None takes all. Memory and
+            time of the tests grow with its square.
         matrix_limit: pairs of samples per pair of tasks up to which all cosines are kept.
         epsilon, ridge, ridge_rel: damping, ``max(epsilon, ridge, ridge_rel * median F of the block)``.
     """
 
+    metric: Literal["natural", "euclidean"] = "natural"
+    fisher_pool: Literal["pooled", "per_task", "leave_one_out"] = "pooled"
+    fisher_weighting: Literal["contribution", "unit"] = "contribution"
+    level: float = 0.05
+    correction: Literal["bh", "by", "ebh"] = "bh"
     min_effect_size: float = 0.01
+    margin: float | None = None
+    contribution_averaging_window: int = 1
+    calibration_splits: int = 20
     top_pairs: int = 100
+    position_pairs: int = 5
     max_samples_per_task: int | None = 2000
     matrix_limit: int = 4_000_000
     epsilon: float = FLOAT32_TINY
@@ -159,9 +184,16 @@ class ConflictConfig:
     ridge_rel: float = 1e-6
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "min_effect_size", "matrix_limit", "ridge", "ridge_rel")
-        _at_least(self, 1, "top_pairs", "max_samples_per_task")
+        _one_of(self, "metric", ("natural", "euclidean"))
+        _one_of(self, "fisher_pool", ("pooled", "per_task", "leave_one_out"))
+        _one_of(self, "fisher_weighting", ("contribution", "unit"))
+        _one_of(self, "correction", ("bh", "by", "ebh"))
+        _at_least(self, 0, "min_effect_size", "matrix_limit", "ridge", "ridge_rel", "margin")
+        _at_least(self, 0, "calibration_splits", "position_pairs")
+        _at_least(self, 1, "top_pairs", "max_samples_per_task", "contribution_averaging_window")
         _at_least(self, FLOAT32_TINY, "epsilon")
+        if not 0 < self.level < 1:
+            _fail(self, "level", "must lie between 0 and 1")
 
 
 @dataclass(frozen=True)

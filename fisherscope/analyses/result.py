@@ -53,6 +53,13 @@ class Result(ABC):
         """Every table by name, the main one under the analysis's own name."""
         return {self.name: self.frame, **{f"{self.name}_{key}": table for key, table in self.extra.items()}}
 
+    def files(self) -> dict[str, str]:
+        """Further text files by name, with their extension.
+
+        A report writes them beside the tables, the name of the analysis before theirs.
+        """
+        return {}
+
     def to_json(self, *, max_rows: int | None = 20_000) -> dict[str, Any]:
         """Plain data for strict JSON: no NaN, no infinity (both become null).
 

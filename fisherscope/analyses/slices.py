@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fisherscope.errors import NotStoredError
-from fisherscope.layout import AttentionLayout, Partition
+from fisherscope.layout import AttentionLayout, ParameterInfo, Partition
 from fisherscope.layout.attention import Part
 from fisherscope.linalg.normalization import factors
 from fisherscope.store import ContributionStore
@@ -53,6 +53,39 @@ class Block:
 
     def __len__(self) -> int:
         return len(self.partition)
+
+    def read(self, store: ContributionStore, task: str, head: int, rows: slice) -> Tensor:
+        """Signed g of one head ``[rows, size]``, float32."""
+        return store.slice(
+            task,
+            layer=self.attention.layer,
+            block=self.name,
+            head=head,
+            part=self.part,
+            stack=self.attention.stack,
+            samples=rows,
+        )
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A whole parameter, in the place of a block with a single slice."""
+
+    info: ParameterInfo
+
+    @property
+    def partition(self) -> Partition:
+        """All of it as one piece."""
+        shape = self.info.shape
+        return Partition.regular(self.info.name, shape, 0, 1, shape[0])
+
+    def __len__(self) -> int:
+        return 1
+
+    def read(self, store: ContributionStore, task: str, head: int, rows: slice) -> Tensor:
+        """Signed g ``[rows, size]``, float32."""
+        del head
+        return store.gradients(task, self.info.name, rows).flatten(1)
 
 
 def stored_blocks(store: ContributionStore, part: Part = "weight") -> list[Block]:
@@ -136,7 +169,7 @@ class SliceReader:
             self._stored[task] = first
         return self._stored[task]
 
-    def chunks(self, block: Block, rows: int) -> list[slice]:
+    def chunks(self, block: Block | Whole, rows: int) -> list[slice]:
         """Stretches of samples that fit the budget, for one slice of this block."""
         step = max(1, self.memory_budget // (4 * _COPIES * block.partition.slice_size))
         return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
@@ -167,26 +200,18 @@ class SliceReader:
             )
         self._held = block, values
 
-    def gradients(self, task: str, block: Block, head: int, rows: slice) -> Tensor:
+    def gradients(self, task: str, block: Block | Whole, head: int, rows: slice) -> Tensor:
         """Signed g of one slice ``[rows, size]``, float32; not to be changed in place."""
         held, values = self._held
         if held is block and task in values and rows.stop <= values[task].shape[1]:
             return values[task][head, rows]
-        return self.store.slice(
-            task,
-            layer=block.attention.layer,
-            block=block.name,
-            head=head,
-            part=block.part,
-            stack=block.attention.stack,
-            samples=rows,
-        )
+        return block.read(self.store, task, head, rows)
 
-    def normalised(self, task: str, block: Block, head: int, rows: slice) -> Tensor:
+    def normalised(self, task: str, block: Block | Whole, head: int, rows: slice) -> Tensor:
         """Normalised h of one slice ``[rows, size]``, float32."""
         return self.gradients(task, block, head, rows) * self.factors(task)[rows, None]
 
-    def fisher(self, task: str, block: Block) -> Tensor:
+    def fisher(self, task: str, block: Block | Whole) -> Tensor:
         """F of all slices of a block, ``[heads, size]``, float32.
 
         Over all samples of the task; where F comes from gradients, over those whose gradients are stored.
@@ -194,11 +219,18 @@ class SliceReader:
         if self.source == "full":
             full = self.store.fisher(task, block.partition.parameter)
             return block.partition.gather(full[None])[:, 0]
+        return self.mean_square(task, block)
+
+    def mean_square(self, task: str, block: Block | Whole, weights: Tensor | None = None) -> Tensor:
+        """Mean of h^2, or of (weight * h)^2, over the stored gradients: ``[heads, size]``, float32."""
         rows = self.stored(task)
         values = torch.zeros(len(block), block.partition.slice_size, dtype=torch.float64)
         for head in range(len(block)):
             for chunk in self.chunks(block, rows):
-                values[head] += self.normalised(task, block, head, chunk).square_().sum(0)
+                gradients = self.normalised(task, block, head, chunk)
+                if weights is not None:
+                    gradients.mul_(weights[chunk, None])
+                values[head] += gradients.square_().sum(0)
         return (values / max(rows, 1)).float()
 
 
@@ -209,7 +241,7 @@ class Loaded:
         fits: whether one stretch per task holds all its samples, and it is read only once.
     """
 
-    def __init__(self, reader: SliceReader, block: Block, head: int, rows: dict[str, int]) -> None:
+    def __init__(self, reader: SliceReader, block: Block | Whole, head: int, rows: dict[str, int]) -> None:
         self.reader, self.block, self.head = reader, block, head
         self.chunks = {task: reader.chunks(block, n) for task, n in rows.items()}
         self.fits = len(reader.chunks(block, sum(rows.values()))) == 1

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fisherscope.cli import adapters, analyze, collect, demo, estimate, finalize, inspect, verify
+from fisherscope.cli import adapters, analyze, calibrate, collect, demo, estimate, finalize, inspect, verify
 
 __all__ = ["app", "main"]
 
@@ -22,6 +22,7 @@ app.command()(demo.demo)
 app.command()(estimate.estimate)
 app.command()(collect.collect)
 app.command()(analyze.analyze)
+app.command()(calibrate.calibrate)
 app.command()(inspect.inspect)
 app.command()(verify.verify)
 app.command()(finalize.finalize)

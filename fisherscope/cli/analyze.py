@@ -40,7 +40,7 @@ def analyze(
     """
     del debug
     _check_names(only or [])
-    analyze_and_save(store, out, only, None if config is None else _read_config(config))
+    analyze_and_save(store, out, only, None if config is None else read_config(config))
 
 
 def _check_names(names: list[str]) -> None:
@@ -54,7 +54,12 @@ def _check_names(names: list[str]) -> None:
             )
 
 
-def _read_config(path: Path) -> AnalyzeConfig:
+def read_config(path: Path) -> AnalyzeConfig:
+    """Options of analyses out of a JSON file.
+
+    Raises:
+        typer.BadParameter: it cannot be read, or holds something else.
+    """
     from fisherscope.analyses import AnalyzeConfig
 
     try:

@@ -124,18 +124,20 @@ def write_store(
     commit: dict[str, int] | None = None,
     text: bool = True,
     without: tuple[str, ...] = (),
+    kinds: tuple[str, ...] = ("attention",),
 ) -> Made:
     """Write a complete store (or only the first ``commit`` rows of a task) and open it.
 
-    Of the tasks in ``without``, samples are stored but not their gradients.
+    Of the tasks in ``without``, samples are stored but not their gradients; of the others, those of the
+    parameters of these ``kinds``.
     """
     names = tuple(info.name for info in layout.parameters[1:])
-    attention = tuple(info.name for info in layout.parameters if info.kind == "attention")
+    chosen = tuple(info.name for info in layout.parameters if info.kind in kinds)
     header = StoreHeader(
         fingerprint={"test": 1},
         layout=layout,
         parameters=names,
-        gradient_parameters=attention if gradients else (),
+        gradient_parameters=chosen if gradients else (),
         gradient_dtype="float32",
         normalization="per_token",
         fisher_shape=fisher_shape,

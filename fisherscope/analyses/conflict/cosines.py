@@ -1,28 +1,11 @@
-"""Cosines in natural-gradient space, from Gram matrices."""
+"""Cosines, from Gram matrices."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
 
 Matrix = NDArray[np.float64]
-
-
-def whiten(gradients: Tensor, fisher: Tensor, lam: float) -> Tensor:
-    """Natural gradients under the diagonal Fisher: ``u = h / sqrt(F + lam)``.
-
-    Args:
-        gradients: h ``[n, k]``.
-        fisher: F ``[k]``.
-        lam: damping, > 0.
-
-    Returns:
-        ``[n, k]`` float32.
-    """
-    return gradients / (fisher + lam).sqrt()
 
 
 def cosines(gram: Matrix) -> Matrix:
@@ -44,52 +27,47 @@ def effect_size(cosine: ArrayLike) -> NDArray[np.float64]:
     return np.sqrt((1 - np.asarray(cosine, np.float64)) / 2)
 
 
-@dataclass(frozen=True)
-class Level:
-    """Cosines of a pair of tasks at one slice, block, layer, or over the whole model.
-
-    Attributes:
-        mean, min: over the pairs of samples across tasks.
-        share_negative: share of these pairs below 0.
-        reference: mean cosine of different samples of one task, averaged over both tasks.
-        undefined: share of the pairs without a cosine, because a sample has no gradient there.
-    """
-
-    mean: float
-    min: float
-    share_negative: float
-    reference: float
-    undefined: float
-
-    @property
-    def excess(self) -> float:
-        """How much less aligned (negative) samples of both tasks are than samples of one task."""
-        return self.mean - self.reference
-
-    @classmethod
-    def of(cls, cosine: Matrix, first: int) -> Level:
-        """Summary of ``cosine [n, n]``, whose first ``first`` samples are the first task's."""
-        pairs = first * (len(cosine) - first)
-        defined = ~np.isnan(cosine.diagonal())
-        if not defined.all():
-            first = int(defined[:first].sum())
-            cosine = cosine[np.ix_(defined, defined)]
-        across = cosine[:first, first:]
-        within = [_mean_off_diagonal(cosine[:first, :first]), _mean_off_diagonal(cosine[first:, first:])]
-        known = [value for value in within if not np.isnan(value)]
-        reference = sum(known) / len(known) if known else float("nan")
-        if not across.size:
-            return cls(float("nan"), float("nan"), float("nan"), reference, 1.0)
-        return cls(
-            float(across.mean()),
-            float(across.min()),
-            np.count_nonzero(across < 0) / across.size,
-            reference,
-            1 - across.size / pairs,
-        )
-
-
-def _mean_off_diagonal(cosine: Matrix) -> float:
-    """Mean of the entries off the diagonal, which is 1 throughout."""
+def mean_off_diagonal(cosine: Matrix) -> float:
+    """Mean of the entries off the diagonal, which is 1 throughout; NaN for fewer than two samples."""
     n = len(cosine)
     return float((cosine.sum() - n) / (n * (n - 1))) if n > 1 else float("nan")
+
+
+class Blocks:
+    """Cosines of the samples of two tasks, without the samples that have no gradient.
+
+    Attributes:
+        cross: ``[m_a, m_b]``.
+        within_a, within_b: ``[m_a, m_a]`` and ``[m_b, m_b]``.
+        kept_a, kept_b: which samples of each have a gradient, ``[n_a]`` and ``[n_b]`` bool.
+    """
+
+    def __init__(self, gram: Matrix, first: int) -> None:
+        """Of a Gram matrix whose first ``first`` samples are the first task's."""
+        cosine = cosines(gram)
+        defined = ~np.isnan(cosine.diagonal())
+        self.kept_a, self.kept_b = defined[:first], defined[first:]
+        if not defined.all():
+            first = int(self.kept_a.sum())
+            cosine = cosine[np.ix_(defined, defined)]
+        self.cross = cosine[:first, first:]
+        self.within_a, self.within_b = cosine[:first, :first], cosine[first:, first:]
+
+    @property
+    def smallest(self) -> int:
+        """Samples of the smaller task."""
+        return min(len(self.within_a), len(self.within_b))
+
+    @property
+    def reference(self) -> float:
+        """Mean cosine of different samples of one task, averaged over both; NaN where there are none."""
+        known = [m for m in map(mean_off_diagonal, (self.within_a, self.within_b)) if not np.isnan(m)]
+        return sum(known) / len(known) if known else float("nan")
+
+    def spread(self, values: Matrix, fill: float) -> Matrix:
+        """Values ``[m_a, m_b]`` of these samples as ``[n_a, n_b]``, ``fill`` for all others."""
+        if self.kept_a.all() and self.kept_b.all():
+            return values
+        full = np.full((len(self.kept_a), len(self.kept_b)), fill)
+        full[np.ix_(self.kept_a, self.kept_b)] = values
+        return full

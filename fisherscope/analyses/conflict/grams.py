@@ -1,7 +1,8 @@
-"""Gram matrices of natural gradients of two tasks: per slice, added up to blocks, layers, the whole."""
+"""Gram matrices of natural gradients: per slice, added up to blocks, layers, the whole; and per parameter."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,119 +13,154 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fisherscope.analyses.config import ConflictConfig
-from fisherscope.analyses.conflict.cosines import Level, cosines, whiten
-from fisherscope.analyses.slices import Block, Loaded, SliceReader, damping, stored_blocks
+from fisherscope.analyses.conflict.whitening import BlockScales, Whitening
+from fisherscope.analyses.conflict.windows import Windows
+from fisherscope.analyses.slices import Block, Loaded, SliceReader, Whole, stored_blocks
+from fisherscope.layout import ParameterInfo
+
+Gram = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Of which parameters a Gram matrix is.
+
+    Attributes:
+        level: "slice", "block", "layer", "whole" (all attention weights), "parameter" or "module" (an MLP).
+        stack, layer, block, head: where; "" and -1 without meaning.
+        parameter: name of the parameter, or path of the module.
+        ridge: lam as applied to a slice; NaN elsewhere, and where tasks have lam of their own.
+        flat: F is 0 throughout the slice.
+    """
+
+    level: str
+    stack: str = ""
+    layer: int = -1
+    block: str = ""
+    head: int = -1
+    parameter: str = ""
+    ridge: float = float("nan")
+    flat: bool = False
 
 
 @dataclass
-class PairGrams:
-    """All that is kept of a pair of tasks.
+class GramStream:
+    """Goes once through the stored gradients of some tasks, one slice in memory at a time.
 
     Attributes:
-        first: samples of the first task, which come before those of the second.
-        rows: one per slice, block, layer and the whole: level, stack, layer, block, head, ridge, flat and
-            the numbers of :class:`~fisherscope.analyses.conflict.cosines.Level`.
-        slices: stack, layer, block, head of each slice, by number.
-        cosine: whole-model cosines across tasks ``[n_a, n_b]``.
-        lowest: lowest cosine over the slices ``[n_a, n_b]``; infinite where no slice has one.
-        lowest_slice: number of that slice ``[n_a, n_b]``; -1 where there is none.
+        reader: where gradients come from.
+        windows: samples of each task, in order, and what is averaged.
+        config: the metric.
     """
 
-    first: int
-    cosine: NDArray[np.float64]
-    lowest: NDArray[np.float32]
-    lowest_slice: NDArray[np.int32]
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    slices: list[dict[str, Any]] = field(default_factory=list)
+    reader: SliceReader
+    windows: dict[str, Windows]
+    config: ConflictConfig
+    whitening: Whitening = field(init=False)
 
-    @classmethod
-    def empty(cls, n_a: int, n_b: int) -> PairGrams:
-        """Of two tasks with so many samples, before any slice."""
-        shape = (n_a, n_b)
-        return cls(
-            n_a, np.full(shape, np.nan), np.full(shape, np.inf, np.float32), np.full(shape, -1, np.int32)
-        )
+    def __post_init__(self) -> None:
+        self.whitening = Whitening(self.reader, tuple(self.windows), self.config)
 
-    def note(self, place: dict[str, Any], gram: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Summarise the cosines of one place, and return those across tasks."""
-        cosine = cosines(gram)
-        level = Level.of(cosine, self.first)
-        self.rows.append({**place, **vars(level), "excess": level.excess})
-        return cosine[: self.first, self.first :]
+    def attention(self) -> Iterator[tuple[Place, Gram]]:
+        """Grams ``[n, n]`` of the attention weights, float64, the tasks' samples one after the other.
 
-    def note_slice(self, place: dict[str, Any], gram: NDArray[np.float64]) -> None:
-        """Summarise a head slice, and remember the pairs that are lowest there."""
-        across = self.note(place, gram)
-        lower = across < self.lowest
-        np.copyto(self.lowest, across, where=lower, casting="same_kind")
-        self.lowest_slice[lower] = len(self.slices)
-        self.slices.append({key: place[key] for key in ("stack", "layer", "block", "head")})
+        Slices come before the block that they add up to, blocks before their layer, layers before the whole;
+        a parameter comes as soon as blocks have made it up. A matrix is not to be changed, and is not kept.
+        """
+        whole: Any = 0
+        self._made_up: set[str] = set()
+        layers: dict[tuple[str, int], list[Block]] = {}
+        for block in stored_blocks(self.reader.store):
+            layers.setdefault((block.attention.stack, block.attention.layer), []).append(block)
+        for (stack, layer), blocks in layers.items():
+            layer_gram: Any = 0
+            parts: dict[str, tuple[int, Any]] = {}
+            for block in blocks:
+                block_gram: Any = 0
+                for place, gram in self._slices(block):
+                    yield place, gram
+                    block_gram = block_gram + gram
+                yield Place("block", stack, layer, block.name), block_gram
+                layer_gram = layer_gram + block_gram
+                entries, gram = parts.get(name := block.partition.parameter, (0, 0))
+                entries, gram = entries + len(block) * block.partition.slice_size, gram + block_gram
+                parts[name] = entries, gram
+                info = self.reader.store.layout.parameter(name)
+                if entries == math.prod(info.shape):
+                    self._made_up.add(name)
+                    yield _of_parameter(info), parts.pop(name)[1]
+            yield Place("layer", stack, layer), layer_gram
+            whole = whole + layer_gram
+        yield Place("whole"), whole
+
+    def parameters(self) -> Iterator[tuple[Place, Gram]]:
+        """Grams of the other parameters whose gradients are stored, and of each MLP after its parameters.
+
+        To be asked for after :meth:`attention`.
+        """
+        stored = set(self.reader.store.gradient_parameters) - self._made_up
+        layout = self.reader.store.layout
+        modules = {
+            name: mlp.module for mlp in layout.mlps for name in {p.parameter for p in mlp.partitions} & stored
+        }
+        left = {module: [*modules.values()].count(module) for module in modules.values()}
+        sums: dict[str, Any] = {}
+        for info in layout.parameters:
+            if info.name not in stored:
+                continue
+            gram = self._gram(Whole(info), 0, self.whitening.block(Whole(info)))
+            yield _of_parameter(info), gram
+            if (module := modules.get(info.name)) is None:
+                continue
+            sums[module] = sums.get(module, 0) + gram
+            left[module] -= 1
+            if not left[module]:
+                place = Place("module", info.stack, info.layer, info.kind, parameter=module)
+                yield place, sums.pop(module)
+
+    def _slices(self, block: Block) -> Iterator[tuple[Place, Gram]]:
+        scales = self.whitening.block(block)
+        self.reader.hold(block, self._rows)
+        lam = [*scales.lam.values()]
+        ridge = lam[0] if len(set(lam)) == 1 else float("nan")
+        stack, layer = block.attention.stack, block.attention.layer
+        for head in range(len(block)):
+            flat = scales.is_flat(head)
+            yield (
+                Place("slice", stack, layer, block.name, head, ridge=ridge, flat=flat),
+                self._gram(block, head, scales),
+            )
+
+    @property
+    def _rows(self) -> dict[str, int]:
+        return {task: windows.rows for task, windows in self.windows.items()}
+
+    def _gram(self, block: Block | Whole, head: int, scales: BlockScales) -> Gram:
+        """Gram matrix of the natural gradients of one slice."""
+        loaded = Loaded(self.reader, block, head, self._rows)
+        starts = dict(zip(self._rows, np.cumsum([0, *self._rows.values()]).tolist(), strict=False))
+
+        def natural() -> Iterator[tuple[slice, Tensor]]:
+            for task, start in starts.items():
+                factors = self.reader.factors(task)
+                for chunk, gradients in loaded(task):
+                    place = slice(start + chunk.start, start + chunk.stop)
+                    yield place, scales.natural(task, head, chunk, gradients * factors[chunk, None])
+
+        n = sum(self._rows.values())
+        if loaded.fits:
+            together = torch.cat([values for _, values in natural()])
+            gram = (together @ together.T).numpy().astype(np.float64)
+        else:
+            gram = np.empty((n, n))
+            for place, left in natural():
+                for other, right in natural():
+                    if other.start >= place.start:
+                        part = (left @ right.T).numpy()
+                        gram[place, other] = part
+                        gram[other, place] = part.T
+        return Windows.average(gram, [*self.windows.values()])
 
 
-def pair_grams(
-    reader: SliceReader, a: str, b: str, rows: dict[str, int], config: ConflictConfig
-) -> PairGrams:
-    """Go once through all head slices of two tasks, one slice in memory at a time.
-
-    Natural gradients use the pooled ``F = (F_a + F_b) / 2`` and lam of the block. Grams are summed in
-    float64; the Gram of a block is the sum of those of its slices, and so on.
-    """
-    n = rows[a] + rows[b]
-    found = PairGrams.empty(rows[a], rows[b])
-    whole = np.zeros((n, n))
-    layers: dict[tuple[str, int], list[Block]] = {}
-    for block in stored_blocks(reader.store):
-        layers.setdefault((block.attention.stack, block.attention.layer), []).append(block)
-    for (stack, layer), blocks in layers.items():
-        layer_gram = np.zeros_like(whole)
-        for block in blocks:
-            block_gram = np.zeros_like(whole)
-            for place, gram in _slice_grams(reader, block, a, b, rows, config):
-                block_gram += gram
-                found.note_slice(place, gram)
-            found.note({"level": "block", **block.key, "head": -1}, block_gram)
-            layer_gram += block_gram
-        found.note({"level": "layer", "stack": stack, "layer": layer, "block": "", "head": -1}, layer_gram)
-        whole += layer_gram
-    place = {"level": "whole", "stack": "", "layer": -1, "block": "", "head": -1}
-    found.cosine = found.note(place, whole)
-    return found
-
-
-def _slice_grams(
-    reader: SliceReader, block: Block, a: str, b: str, rows: dict[str, int], config: ConflictConfig
-) -> Iterator[tuple[dict[str, Any], NDArray[np.float64]]]:
-    fisher = (reader.fisher(a, block) + reader.fisher(b, block)) / 2
-    lam = damping(fisher, config)
-    for head in range(len(block)):
-        flat = not bool((fisher[head] > 0).any())
-        place = {"level": "slice", **block.key, "head": head, "ridge": lam, "flat": flat}
-        loaded = Loaded(reader, block, head, {task: rows[task] for task in (a, b)})
-        yield place, _gram(loaded, a, b, rows, fisher[head], lam)
-
-
-def _gram(
-    loaded: Loaded, a: str, b: str, rows: dict[str, int], fisher: Tensor, lam: float
-) -> NDArray[np.float64]:
-    """Gram matrix ``[n_a + n_b, n_a + n_b]`` of the natural gradients of one slice, float64."""
-    n = rows[a] + rows[b]
-    first = {a: 0, b: rows[a]}
-
-    def natural() -> Iterator[tuple[slice, Tensor]]:
-        for task, start in first.items():
-            scale = loaded.reader.factors(task)
-            for chunk, gradients in loaded(task):
-                place = slice(start + chunk.start, start + chunk.stop)
-                yield place, whiten(gradients * scale[chunk, None], fisher, lam)
-
-    if loaded.fits:
-        together = torch.cat([values for _, values in natural()])
-        return (together @ together.T).numpy().astype(np.float64)
-    gram = np.empty((n, n))
-    for place, left in natural():
-        for other, right in natural():
-            if other.start >= place.start:
-                part = (left @ right.T).numpy()
-                gram[place, other] = part
-                gram[other, place] = part.T
-    return gram
+def _of_parameter(info: ParameterInfo) -> Place:
+    return Place("parameter", info.stack, info.layer, info.kind, parameter=info.name)

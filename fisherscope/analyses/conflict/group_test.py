@@ -37,10 +37,35 @@ def cauchy_combination(p: ArrayLike, axis: int = 0) -> Values:
         raise ValueError("p-values must be numbers between 0 and 1")
     if not values.size:
         raise ValueError(f"there are no p-values to combine in an array of shape {values.shape}")
-    inner = values.clip(_SMALLEST, _LARGEST)
-    total = np.mean(1 / np.tan(np.pi * inner), axis=axis)
+    return _tail_of(np.mean(_cotangent(values), axis=axis))
+
+
+class CauchySum:
+    """:func:`cauchy_combination` of groups that come one after the other."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        """For p-values of this shape in each group."""
+        self.shape = shape
+        self._total = np.zeros(shape)
+        self._groups = 0
+
+    def add(self, p: Values) -> None:
+        """Add the p-values of a group."""
+        self._total += _cotangent(p)
+        self._groups += 1
+
+    def combined(self) -> Values:
+        """One p-value over all groups so far, in (0, 1]."""
+        return _tail_of(self._total / self._groups)
+
+
+def _cotangent(p: Values) -> Values:
+    return np.asarray(1 / np.tan(np.pi * p.clip(_SMALLEST, _LARGEST)))
+
+
+def _tail_of(mean: Values) -> Values:
     # arctan(1 / T) / pi is 1/2 - arctan(T) / pi without cancellation
-    combined = np.where(total > 0, np.arctan2(1, total), np.pi - np.arctan2(1, -total)) / np.pi
+    combined = np.where(mean > 0, np.arctan2(1, mean), np.pi - np.arctan2(1, -mean)) / np.pi
     return np.asarray(np.clip(combined, _SMALLEST, 1))
 
 
@@ -106,4 +131,33 @@ def _adjust_groups(p: Values) -> Values:
     level = np.minimum.accumulate(level[::-1], axis=0)[::-1].clip(max=1)
     q = np.empty_like(level)
     np.put_along_axis(q, order, level, 0)
+    return q
+
+
+def adjust_few(pair: NDArray[np.int64], p: Values, groups: int) -> Values:
+    """BH over the groups of each pair, given its smallest p-values only.
+
+    Exact up to the largest p-value that is given of a pair: those that are left out are larger, and so are
+    their q-values.
+
+    Args:
+        pair: number of the pair that each p-value belongs to, ``[m]``.
+        p: the p-values ``[m]``.
+        groups: p-values that each pair has, those left out included.
+
+    Returns:
+        q ``[m]``, at most 1.
+    """
+    order = np.lexsort([p, pair])
+    first = np.flatnonzero(np.diff(pair[order], prepend=-1))
+    sizes = np.diff(np.append(first, len(pair)))
+    ranks = np.arange(len(pair)) - np.repeat(first, sizes) + 1
+    level = np.minimum(p[order] * groups / ranks, 1)
+    # one row for each pair: the running minimum from its far end
+    table = np.ones((len(first), int(sizes.max(initial=0))))
+    row = np.repeat(np.arange(len(first)), sizes)
+    table[row, ranks - 1] = level
+    table = np.minimum.accumulate(table[:, ::-1], axis=1)[:, ::-1]
+    q = np.empty_like(p)
+    q[order] = table[row, ranks - 1]
     return q

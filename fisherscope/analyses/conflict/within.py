@@ -43,9 +43,9 @@ class Within:
         Raises:
             ValueError: nothing is left after centring: the samples are copies of each other.
         """
-        centred = _centred(cosines)
-        negative = np.minimum(centred, 0) ** 2
-        is_negative = centred < 0
+        around = centred(cosines)
+        negative = np.minimum(around, 0) ** 2
+        is_negative = around < 0
         sums, counts = negative.sum(1), is_negative.sum(1)
         if not sums.any():
             raise ValueError(
@@ -57,20 +57,20 @@ class Within:
         scale = np.maximum(np.sqrt(sums / np.maximum(counts, 1)), floor)
         others = (sums[:, None] - negative).clip(min=0) / np.maximum(counts[:, None] - is_negative, 1)
         without = np.maximum(np.sqrt(others), floor)
-        first, second = np.triu_indices(len(centred), 1)
-        scaled = (centred * pooled / (without * without.T))[first, second]
+        first, second = np.triu_indices(len(around), 1)
+        scaled = (around * pooled / (without * without.T))[first, second]
         return cls(scaled, first, second, scale, pooled)
 
 
-def _centred(cosines: Values) -> Values:
+def centred(cosines: Values) -> Values:
     """Cosines of the vectors without their mean, 0 on the diagonal and where a vector is the mean."""
     rows = cosines.mean(0)
     # rows are also the columns: the matrix is symmetric up to rounding
-    centred = cosines - rows - rows[:, None] + rows.mean()
-    centred = (centred + centred.T) / 2
-    squares = centred.diagonal()
+    found = cosines - rows - rows[:, None] + rows.mean()
+    found = (found + found.T) / 2
+    squares = found.diagonal()
     inverse = np.divide(1, np.sqrt(squares.clip(min=0)), out=np.zeros(len(rows)), where=squares > _NOTHING)
-    centred *= inverse[:, None]
-    centred *= inverse
-    np.fill_diagonal(centred, 0)
-    return np.asarray(centred)
+    found *= inverse[:, None]
+    found *= inverse
+    np.fill_diagonal(found, 0)
+    return np.asarray(found)

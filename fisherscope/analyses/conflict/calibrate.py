@@ -1,0 +1,145 @@
+"""Trying the conflict tests on a store where nothing is to be found: random halves of its own tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from typing_extensions import override
+
+from fisherscope.analyses.config import AnalyzeConfig, ConflictConfig
+from fisherscope.analyses.conflict.calibration import COLUMNS, HISTOGRAM, Calibration
+from fisherscope.analyses.conflict.cosines import Blocks
+from fisherscope.analyses.conflict.grams import GramStream
+from fisherscope.analyses.conflict.levels import own_margin
+from fisherscope.analyses.conflict.windows import Windows
+from fisherscope.analyses.context import Context
+from fisherscope.analyses.quantities import missing
+from fisherscope.analyses.result import Result
+from fisherscope.analyses.slices import SliceReader
+from fisherscope.errors import NotStoredError
+from fisherscope.store import ContributionStore, open_store
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class CalibrationResult(Result):
+    """The conflict tests on random halves of single tasks.
+
+    ``frame``: task, test ("pairs", "heads", "blocks"), splits, rejecting (splits in which the test called
+    anything), chance (of so many if the test keeps its level), calibrated, samples (on a side).
+    ``extra["p"]``: the p-values of all splits in bins: task, test, low, high, count.
+    """
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether no test calls too much."""
+        return bool(self.frame["calibrated"].all())
+
+    @override
+    def top(self, k: int = 10) -> pd.DataFrame:
+        """The rows that are least likely if the tests keep their level."""
+        return self.frame.sort_values("chance", kind="stable").head(k).reset_index(drop=True)
+
+    @override
+    def summary(self) -> str:
+        lines = []
+        for row in self.frame.to_dict("records"):
+            name = f"{row['task']}, {row['test']}"
+            if not row["splits"]:
+                lines.append(f"{name}: not tried, too few samples (8 are needed).")
+                continue
+            told = (
+                f"{name}: something was called in {row['rejecting']} of {row['splits']} splits "
+                f"({row['samples']} samples a side)"
+            )
+            if row["calibrated"]:
+                lines.append(f"{told}.")
+            else:
+                lines.append(
+                    f"{told}; the probability of so many is {row['chance']:.2g} if q-values hold what they "
+                    "promise: they cannot be trusted here."
+                )
+        return "\n".join([*lines, _LIMITS])
+
+
+_LIMITS = (
+    "Splits of one task share samples, so that they are not independent, and a side has at most half of "
+    "them: that nothing was called is no proof for the tasks as a whole."
+)
+
+
+def calibrate(
+    store: ContributionStore | str | Path,
+    config: AnalyzeConfig | None = None,
+    *,
+    splits: int = 200,
+    progress: Callable[[str], object] | None = None,
+) -> CalibrationResult:
+    """Try the conflict tests on random halves of each task, where nothing is to be found.
+
+    Each task by itself, with its own F, in the metric of ``config.conflict``: what was called there are
+    errors. Results of ``conflict`` rest on a short form of this, with splits of both tasks in their common F.
+
+    Args:
+        store: an open store, or its directory.
+        config: tasks, seed, memory_budget and ``conflict``.
+        splits: per task.
+        progress: is told each task before its turn.
+
+    Returns:
+        A :class:`CalibrationResult`; a test whose ``calibrated`` is False calls too much on this store.
+
+    Raises:
+        NotStoredError: the store holds no sample gradients of attention weights.
+        ValueError: no such task, or fewer than one split.
+        StoreFormatError: the path is no store.
+    """
+    if splits < 1:
+        raise ValueError(f"splits is {splits}: at least 1 is needed")
+    opened = open_store(store) if isinstance(store, str | Path) else store
+    settings = config or AnalyzeConfig()
+    context = Context(opened, settings)
+    if (reason := missing(opened, ("gradients",))) is not None:
+        raise NotStoredError(reason)
+    reader = SliceReader(opened, context.memory_budget)
+    frames: list[pd.DataFrame] = []
+    histograms: list[pd.DataFrame] = []
+    for task in context.tasks:
+        if progress is not None:
+            progress(task)
+        found = _split(reader, task, settings.conflict, splits, context.rng("calibrate", task))
+        for tables, table in ((frames, found.frame()), (histograms, found.histogram())):
+            table.insert(0, "task", task)
+            tables.append(table)
+    return CalibrationResult(
+        name="calibrate",
+        config={**asdict(settings.conflict), "calibration_splits": splits, "fisher_pool": "per_task"},
+        frame=_together(frames, ["task", *COLUMNS]),
+        extra={"p": _together(histograms, ["task", *HISTOGRAM])},
+    )
+
+
+def _together(tables: list[pd.DataFrame], columns: list[str]) -> pd.DataFrame:
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
+
+
+def _split(
+    reader: SliceReader, task: str, config: ConflictConfig, splits: int, rng: np.random.Generator
+) -> Calibration:
+    """The tests on splits of one task."""
+    stored = reader.stored(task)
+    rows = min(stored, config.max_samples_per_task or stored)
+    windows = Windows(rows, config.contribution_averaging_window)
+    found = Calibration.draw((len(windows),), splits, config.level, config.correction, rng)
+    if found.halves:
+        for place, gram in GramStream(reader, {task: windows}, config).attention():
+            if place.level == "slice":
+                # nothing stands beside the task: its own clusters make the margin
+                own = own_margin(Blocks(gram, len(gram))) if config.margin is None else config.margin
+                found.take_slice(gram, own)
+            elif place.level == "whole":
+                found.take_whole(gram)
+    return found

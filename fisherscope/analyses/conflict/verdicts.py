@@ -1,0 +1,126 @@
+"""Found, nothing found, or cannot tell: what the tests of a pair of tasks amount to, in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fisherscope.analyses.conflict.study import Study
+
+FOUND, NOTHING, UNKNOWN = "found", "nothing found", "cannot tell"
+
+
+@dataclass(frozen=True)
+class Findings:
+    """How much each test found for a pair of tasks.
+
+    Attributes:
+        pairs: pairs of samples that are called over all attention weights.
+        heads: pairs that are called on some head slice.
+        samples: samples of either task that oppose the other as a whole.
+        opposed: their mean cosine with it; NaN where there are none.
+        blocks: head slices on which the mean cosine is below the margin.
+        lowest: the lowest of these means; NaN where there are none.
+        whole: mean cosine over all attention weights, where it is below the margin; else NaN.
+    """
+
+    pairs: int
+    heads: int
+    samples: tuple[int, int]
+    opposed: tuple[float, float]
+    blocks: int
+    lowest: float
+    whole: float
+
+    @property
+    def any(self) -> bool:
+        """Whether anything was found."""
+        return bool(self.pairs or self.heads or any(self.samples) or self.blocks or not np.isnan(self.whole))
+
+
+def verdict(study: Study, findings: Findings, a: str, b: str) -> dict[str, Any]:
+    """Columns verdict, reason, pairs, heads, samples, blocks and detectable for a pair of tasks."""
+    notes = [str(v) for v in study.calibration.verdicts() if not v.calibrated]
+    testable = bool(np.isfinite(study.p).any())
+    if findings.any:
+        word, sentences = FOUND, _found(study, findings, a, b)
+    elif notes or not testable or np.isnan(study.detectable):
+        word, sentences = UNKNOWN, [] if notes else [_no_pairs(study)]
+    else:
+        sentence = (
+            f"No test found a conflict between {a} and {b}. If 3 in 1,000 pairs of samples had a cosine "
+            f"below about {study.detectable:.2f}, they would have been called; fewer than five such pairs "
+            "never are."
+        )
+        word, sentences = NOTHING, [sentence]
+    return {
+        "verdict": word,
+        "reason": " ".join([*sentences, *(note[0].upper() + note[1:] + "." for note in notes)]),
+        "pairs": findings.pairs,
+        "heads": findings.heads,
+        "samples": sum(findings.samples),
+        "blocks": findings.blocks,
+        "detectable": study.detectable,
+    }
+
+
+def nothing_stored(a: str, b: str, empty: list[str]) -> dict[str, Any]:
+    """The same where gradients of one of the tasks are not stored."""
+    names = " and ".join(map(repr, empty))
+    return {
+        "verdict": UNKNOWN,
+        "reason": f"No gradients of {names} are stored, so nothing can be said of {a} and {b}.",
+        "pairs": 0,
+        "heads": 0,
+        "samples": 0,
+        "blocks": 0,
+        "detectable": float("nan"),
+    }
+
+
+def _found(study: Study, findings: Findings, a: str, b: str) -> list[str]:
+    sentences = []
+    if findings.pairs:
+        sentences.append(
+            f"{_count(findings.pairs, 'pair')} of {study.p.size:,} conflict over all attention weights."
+        )
+    if findings.heads:
+        sentences.append(f"{_count(findings.heads, 'pair')} conflict on some head.")
+    for count, mean, one, other in zip(findings.samples, findings.opposed, (a, b), (b, a), strict=True):
+        if count:
+            verb = "opposes" if count == 1 else "oppose"
+            sentences.append(
+                f"{_count(count, 'sample')} of {one} {verb} {other} as a whole (mean cosine {mean:.3f})."
+            )
+    if not np.isnan(findings.whole):
+        sentences.append(f"On average {a} and {b} oppose each other (mean cosine {findings.whole:.3f}).")
+    if findings.blocks:
+        sentences.append(
+            f"On {findings.blocks} of {len(study.slices)} head slices the mean cosine is below what groups "
+            f"of samples of one task have (down to {findings.lowest:.3f})."
+        )
+    if not findings.pairs and not findings.heads:
+        sentences.append("Which pairs of samples are in conflict cannot be told: " + _why_no_pairs(study))
+    return sentences
+
+
+def _why_no_pairs(study: Study) -> str:
+    if not study.verdict("pairs").calibrated:
+        return "the test of pairs is not calibrated here."
+    if np.isnan(study.detectable):
+        return _no_pairs(study)
+    return f"none stands out of the noise (about {study.detectable:.2f} would)."
+
+
+def _no_pairs(study: Study) -> str:
+    if not np.isfinite(study.p).any():
+        return "the test of pairs needs four different samples with a gradient in each task."
+    return (
+        "samples of one task differ so much that not even opposite gradients would stand out; collect more."
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
