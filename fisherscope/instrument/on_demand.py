@@ -1,25 +1,30 @@
-"""Gradients of chosen samples of a store, computed again with the model."""
+"""Gradients and factors of chosen samples of a store, computed again with the model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from fisherscope.errors import CoverageError, FingerprintError, NotStoredError
-from fisherscope.instrument.capture import Capture
+from fisherscope.instrument.capture import Capture, CaptureFactors, Factors
 from fisherscope.instrument.data import Labelling, Sample
+from fisherscope.instrument.extensions.base import Collector
 from fisherscope.instrument.fingerprint import weights_digest
 from fisherscope.instrument.guards import random_state
 from fisherscope.instrument.model_facts import ModelFacts
-from fisherscope.instrument.objectives import Objective
+from fisherscope.instrument.objectives import Objective, resolve_objective
 from fisherscope.instrument.options import CollectOptions
-from fisherscope.instrument.planning import Planner
+from fisherscope.instrument.planning import Planner, RunPlan
 from fisherscope.instrument.prepared import prepared
+from fisherscope.instrument.tasks import Tasks, prepare_tasks
+from fisherscope.layout import ModelLayout
 from fisherscope.store import ContributionStore
+from fisherscope.store.position_plan import side_of
 
 
 def check_same_run(store: ContributionStore, facts: ModelFacts, objective: Objective) -> None:
@@ -122,21 +127,100 @@ def chosen_parameters(instrumented: Sequence[str], patterns: Sequence[str] | Non
     return names
 
 
-def recompute(
+@dataclass(frozen=True)
+class Rerun:
+    """Chosen samples that go through the model once more.
+
+    Attributes:
+        planner: plans their batches.
+        facts: of the model.
+        samples: in the order in which they were asked for.
+        objective: their loss.
+        options: of the run.
+    """
+
+    planner: Planner
+    facts: ModelFacts
+    samples: Sequence[Sample]
+    objective: Objective
+    options: CollectOptions
+
+    @cached_property
+    def _plan(self) -> RunPlan:
+        return self.planner.plan_samples({"chosen": self.samples}, self.options, self.objective)
+
+    @property
+    def weights(self) -> Mapping[str, int]:
+        """The instrumented weights of linear maps, each with its axis over output features."""
+        return self._plan.batch_pass.linear_maps.output_axes
+
+    def run(self, collector: Collector) -> list[int]:
+        """Feed a collector.
+
+        Returns:
+            The places of the samples, in the order in which they came.
+        """
+        order: list[int] = []
+        plan = self._plan
+        seeded = random_state(self.options.seed, deterministic=self.options.deterministic)
+        with seeded, prepared(self.facts.model):
+            for rows in plan.tasks[0].batches:
+                plan.batch_pass.run(plan.batch(plan.tasks[0], rows), [collector])
+                order.extend(rows)
+        return order
+
+
+def rerun(
+    store: ContributionStore,
+    ids: Iterable[str],
     planner: Planner,
     facts: ModelFacts,
-    samples: Sequence[Sample],
-    objective: Objective,
+    tasks: Tasks | None,
     options: CollectOptions,
-    parameters: Sequence[str],
-) -> dict[str, Tensor]:
+) -> Rerun:
+    """Find chosen samples of a store, as this model saw them.
+
+    Args:
+        store: collected from this model.
+        ids: of the samples.
+        planner: plans the run.
+        facts: of the model.
+        tasks: the data, where the store does not hold it.
+        options: of the run.
+
+    Raises:
+        FingerprintError: the store is that of another model, objective or data.
+        KeyError: the store has no such sample.
+        NotStoredError: the store does not hold the data.
+    """
+    objective = resolve_objective(options.objective, facts.model)
+    check_same_run(store, facts, objective)
+    places = parse_ids(store, ids)
+    if tasks is None:
+        samples = stored_samples(store, places, objective.labelling)
+    else:
+        stored = store.header.options
+        as_collected = replace(options, max_length=stored["max_length"], seed=stored["seed"] or 0)
+        samples = given_samples(store, places, prepare_tasks(tasks, facts, as_collected, objective))
+    return Rerun(planner, facts, samples, objective, options)
+
+
+def gradients_again(again: Rerun, parameters: Sequence[str]) -> dict[str, Tensor]:
     """Gradients g_i of samples, in their order: per parameter ``[n, *shape]`` float32 on the CPU."""
-    plan = planner.plan_samples({"chosen": samples}, options, objective)
-    order: list[int] = []
     capture = Capture(parameters)
-    with random_state(options.seed, deterministic=options.deterministic), prepared(facts.model):
-        for rows in plan.tasks[0].batches:
-            plan.batch_pass.run(plan.batch(plan.tasks[0], rows), [capture])
-            order.extend(rows)
-    back = torch.tensor(order).argsort()
+    back = torch.tensor(again.run(capture)).argsort()
     return {name: gradients[back] for name, gradients in capture.stacked().items()}
+
+
+def factors_again(again: Rerun, layout: ModelLayout, parameters: Sequence[str]) -> list[Factors]:
+    """What made the gradients of samples, position by position: for each, in their order, by parameter.
+
+    Raises:
+        CoverageError: the gradient of one of the parameters is no sum over positions.
+    """
+    sides = {name: side_of(layout, name) for name in parameters}
+    capture = CaptureFactors(sides, again.samples)
+    again.run(capture)
+    return [
+        {name: capture.factors[name][place] for name in parameters} for place in range(len(again.samples))
+    ]

@@ -16,6 +16,7 @@ from torch import nn
 
 from fisherscope.adapters import resolve
 from fisherscope.adapters.unwrap import unwrap, unwrap_pipeline
+from fisherscope.instrument.capture import Factors
 from fisherscope.instrument.collection import SEALED_AHEAD, Collection
 from fisherscope.instrument.estimate import Estimate
 from fisherscope.instrument.extensions import Extension
@@ -26,14 +27,13 @@ from fisherscope.instrument.guards import (
     refuse_if_disk_is_small,
 )
 from fisherscope.instrument.model_facts import ModelFacts
-from fisherscope.instrument.objectives import Objective, Predict, resolve_objective
+from fisherscope.instrument.objectives import Objective, Predict
 from fisherscope.instrument.on_demand import (
-    check_same_run,
+    Rerun,
     chosen_parameters,
-    given_samples,
-    parse_ids,
-    recompute,
-    stored_samples,
+    factors_again,
+    gradients_again,
+    rerun,
 )
 from fisherscope.instrument.options import BatchSize, CollectOptions, ComputeDtype, Durability
 from fisherscope.instrument.planning import Planner, RunPlan
@@ -41,7 +41,8 @@ from fisherscope.instrument.prepared import prepared
 from fisherscope.instrument.progress import progress
 from fisherscope.instrument.signals import stop_on_signals
 from fisherscope.instrument.targets import ParameterChoice, select_targets
-from fisherscope.instrument.tasks import Tasks, prepare_tasks
+from fisherscope.instrument.tasks import Tasks
+from fisherscope.instrument.token_strings import texts_of_tokens
 from fisherscope.instrument.trial_run import try_run
 from fisherscope.layout import GroupTable, ModelLayout, Partition
 from fisherscope.linalg import Dense
@@ -213,7 +214,7 @@ class Scope:
             compute_dtype: dtype in which layer inputs and output gradients are multiplied.
             memory_budget: bytes, or a text such as "8GB", that "auto" may take beside the model, accumulators
                 included; by default half of what is free on a CPU and 80 % of a GPU.
-            store_text: keep the samples' texts in the store, for reports.
+            store_text: keep the samples' texts, and how their tokens read, in the store, for reports.
             durability: "power" survives power loss, "process" survives kill -9, "none" promises nothing.
             deterministic: use deterministic algorithms only.
             resume: False refuses to continue an existing store; ranks have to join one, and leave it True.
@@ -273,6 +274,8 @@ class Scope:
             )
             stack.enter_context(nothing_half_written(writer))
             plan = plan.settled(writer)
+            if options.store_text:
+                writer.token_texts(texts_of_tokens(self.tokenizer, plan))
             stop = stack.enter_context(stop_on_signals())
             stack.enter_context(random_state(options.seed, deterministic=options.deterministic))
             stack.enter_context(prepared(self.model))
@@ -316,21 +319,66 @@ class Scope:
             KeyError: the store has no such sample.
             NotStoredError: the store does not hold the data.
         """
-        store = store if isinstance(store, ContributionStore) else open_store(store)
         options = CollectOptions(
             extensions=(), objective=objective, compute_dtype=compute_dtype, memory_budget=memory_budget
         )
-        chosen = resolve_objective(objective, self.model)
-        check_same_run(store, self._facts, chosen)
-        places = parse_ids(store, ids)
-        if tasks is None:
-            samples = stored_samples(store, places, chosen.labelling)
-        else:
-            stored = store.header.options
-            as_collected = replace(options, max_length=stored["max_length"], seed=stored["seed"] or 0)
-            samples = given_samples(store, places, prepare_tasks(tasks, self._facts, as_collected, chosen))
-        names = chosen_parameters(self.parameters, parameters)
-        return recompute(self._planner, self._facts, samples, chosen, options, names)
+        again = self._rerun(store, ids, tasks, options)
+        return gradients_again(again, chosen_parameters(self.parameters, parameters))
+
+    def factors(
+        self,
+        store: ContributionStore | str | Path,
+        ids: Sequence[str],
+        *,
+        parameters: Sequence[str] | None = None,
+        tasks: Tasks | None = None,
+        objective: str | Objective | Predict = "auto",
+        compute_dtype: ComputeDtype = "float32",
+        memory_budget: int | str | None = None,
+    ) -> dict[str, Factors]:
+        """Compute again, with this model, what made the gradients of chosen samples, position by position.
+
+        The gradient of the weight of a linear map is ``g = sum_t d_t a_t'``, where a_t is what the map was
+        given at position t and d_t the gradient of what it gave. A collection with
+        ``SampleGradients(encoding="factored")`` stores the same, up to rounding.
+
+        Args:
+            store: a store that was collected from this model, or its path.
+            ids: samples, such as ``["math_7", "code_23"]``.
+            parameters: name patterns; by default all instrumented weights of linear maps.
+            tasks: the data, where the store does not hold it, as of images.
+            objective: that of the collection, where it was a function of your own.
+            compute_dtype: as for :meth:`collect`.
+            memory_budget: as for :meth:`collect`.
+
+        Returns:
+            Per sample id and parameter ``(a [T, in], d [T, out])``, float32 on the CPU, without padding; T
+            are the sample's attended positions or, in a decoder beside an encoder, those of its labels.
+
+        Raises:
+            CoverageError: the gradient of a parameter is no sum over positions.
+            FingerprintError: the store is that of another model, objective or data.
+            KeyError: the store has no such sample.
+            NotStoredError: the store does not hold the data.
+        """
+        options = CollectOptions(
+            extensions=(), objective=objective, compute_dtype=compute_dtype, memory_budget=memory_budget
+        )
+        ids = list(dict.fromkeys((ids,) if isinstance(ids, str) else ids))
+        again = self._rerun(store, ids, tasks, options)
+        known = [n for n in self.parameters if parameters is not None or n in again.weights]
+        found = factors_again(again, self.layout, chosen_parameters(known, parameters))
+        return dict(zip(ids, found, strict=True))
+
+    def _rerun(
+        self,
+        store: ContributionStore | str | Path,
+        ids: Sequence[str],
+        tasks: Tasks | None,
+        options: CollectOptions,
+    ) -> Rerun:
+        opened = store if isinstance(store, ContributionStore) else open_store(store)
+        return rerun(opened, ids, self._planner, self._facts, tasks, options)
 
     def _forward_dtype(self) -> torch.dtype:
         """Of the model's weights, or of the autocast that the user has it run in."""

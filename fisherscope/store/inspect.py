@@ -16,6 +16,7 @@ from fisherscope.store.ledger import Ledger
 from fisherscope.store.reader import ContributionStore, open_store
 from fisherscope.store.schema import FORMAT, FORMAT_VERSION, HEADER_FILE, JOURNAL_DIRECTORY
 from fisherscope.store.shard_record import ShardRecord
+from fisherscope.store.token_texts import TOKENS_FILE
 
 _KINDS = {
     "sample": "samples",
@@ -102,7 +103,8 @@ def _bytes(store: ContributionStore) -> dict[str, int]:
                 found[which] += dataset.spec.nbytes
             found["overhead"] += shard.nbytes - sum(d.spec.nbytes for d in shard.datasets)
     journals = (store.path / JOURNAL_DIRECTORY).glob("r*.journal")
-    for path in (store.path / HEADER_FILE, *journals, *(store.path / KEYS_DIRECTORY).glob("*")):
+    keys, tokens = (store.path / KEYS_DIRECTORY).glob("*"), store.path.glob(TOKENS_FILE)
+    for path in (store.path / HEADER_FILE, *journals, *keys, *tokens):
         found["journals"] += path.lstat().st_size
     return {**found, "total": sum(found.values())}
 

@@ -26,6 +26,7 @@ from fisherscope.store.schema import (
     read_header,
 )
 from fisherscope.store.shard_record import ShardRecord
+from fisherscope.store.token_texts import TOKENS_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -122,6 +123,8 @@ def sync_all(root: Path, ledger: Ledger) -> None:
         with contextlib.suppress(FileNotFoundError):  # a snapshot that was lost
             disk.sync_path(root / SHARD_DIRECTORY / shard.file)
     sync_keys(root, ledger)
+    with contextlib.suppress(FileNotFoundError):  # not every store has it
+        disk.sync_path(root / TOKENS_FILE)
     for path in (
         root / HEADER_FILE,
         *(root / d for d in (SHARD_DIRECTORY, KEYS_DIRECTORY, JOURNAL_DIRECTORY)),
@@ -196,8 +199,9 @@ def _check_shard(root: Path, shard: ShardRecord, durability: Durability) -> None
 def remove_leftovers(root: Path, ledger: Ledger) -> None:
     """Remove the rank's temporary files, and its shards that no record commits (any more)."""
     kept = {shard.file for shard in ledger.shards()}
-    ours = (tmp_prefix(ledger.rank), f"r{ledger.rank:04d}-")
-    for directory in (SHARD_DIRECTORY, KEYS_DIRECTORY):
+    unfinished = tmp_prefix(ledger.rank)
+    ours = (unfinished, f"r{ledger.rank:04d}-")
+    for directory, starts in (("", unfinished), (SHARD_DIRECTORY, ours), (KEYS_DIRECTORY, ours)):
         for name in sorted(os.listdir(root / directory)):  # noqa: PTH208
-            if name.startswith(ours) and name not in kept:
+            if name.startswith(starts) and name not in kept:
                 disk.unlink(root / directory / name)

@@ -49,6 +49,7 @@ class OpenStore:
         self._index = build_index(self.path, self._ledgers)
         self._shards: OrderedDict[str, MappedShard] = OrderedDict()
         self._checked: dict[str, Checked] = {}
+        self._token_texts: dict[int, str] | None = None
 
     def __reduce__(self) -> tuple[type[Self], tuple[Path, int | str | None]]:
         return type(self), (self.path, self._asked)

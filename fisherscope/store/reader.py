@@ -20,6 +20,7 @@ from fisherscope.linalg import PerSampleGradient
 from fisherscope.store import aggregates, encoded, gradients, kronecker, lookup, memory, positions, tables
 from fisherscope.store.kronecker import KroneckerFactors
 from fisherscope.store.opened import OpenStore
+from fisherscope.store.token_texts import read_token_texts
 
 Samples: TypeAlias = slice | Sequence[int] | NDArray[np.int64] | None
 
@@ -73,6 +74,19 @@ class ContributionStore(OpenStore):
             NotStoredError: ids were not stored.
         """
         return tables.token_ids(self, self._task(task), row)
+
+    def token_texts(self, ids: Sequence[int] | NDArray[np.integer[Any]]) -> list[str | None]:
+        """How tokens read; None for those whose text is not stored.
+
+        Texts are there where a tokenizer was at hand and texts were to be stored. A token that is part of a
+        character has the tokenizer's own spelling.
+
+        Raises:
+            CorruptStoreError: the file that holds them is damaged.
+        """
+        if self._token_texts is None:
+            self._token_texts = read_token_texts(self.path)
+        return [self._token_texts.get(int(token)) for token in ids]
 
     def token_types(self, task: str, row: int) -> NDArray[np.int32] | None:
         """Which of two texts each position of a sample belongs to; None where that was not given."""

@@ -23,6 +23,7 @@ from fisherscope.store.schema import (
     StoreHeader,
     read_header,
 )
+from fisherscope.store.token_texts import TOKENS_FILE, read_token_texts
 from fisherscope.store.verification import Finding, Verification
 
 _SHARD = re.compile(r"r([0-9]{4})-([0-9]{6,})\.h5")
@@ -38,8 +39,8 @@ def verify(path: str | Path, quick: bool = False, *, progress: Progress | None =
 
     Args:
         path: the store.
-        quick: only ``store.json``, the journals, the files of keys, and that every shard is there with its
-            size.
+        quick: only ``store.json``, ``tokens.json``, the journals, the files of keys, and that every shard is
+            there with its size.
         progress: called now and then with the bytes of shards that were dealt with, and with all of them.
 
     Raises:
@@ -54,7 +55,8 @@ def verify(path: str | Path, quick: bool = False, *, progress: Progress | None =
     for check in checks:
         findings += check.findings
         nbytes += check.nbytes
-    findings += check_agreement(root, ledgers)
+    findings += [*check_agreement(root, ledgers), *_check_tokens(root)]
+    nbytes += _size(root / TOKENS_FILE)
     nbytes += sum(
         _size(root / KEYS_DIRECTORY / latest(name, ledgers).extents[-1].keys_sha256)
         for name in {name for ledger in ledgers for name in ledger.tasks}
@@ -104,6 +106,15 @@ def _check_header(root: Path) -> tuple[StoreHeader | None, str, list[Finding], i
     return None, _digest(root), [finding], 0
 
 
+def _check_tokens(root: Path) -> list[Finding]:
+    """What is wrong with the texts of tokens, which a store may lack."""
+    try:
+        read_token_texts(root)
+    except (CorruptStoreError, OSError) as error:
+        return [Finding(TOKENS_FILE, str(error))]
+    return []
+
+
 def _digest(root: Path) -> str:
     try:
         return hashlib.sha256(disk.read_inside(root, HEADER_FILE, limit=MAX_HEADER_BYTES)).hexdigest()
@@ -142,7 +153,7 @@ def _unclaimed(
         for extent in task.extents
     }
     expected = {
-        "": {HEADER_FILE, JOURNAL_DIRECTORY, SHARD_DIRECTORY, KEYS_DIRECTORY},
+        "": {HEADER_FILE, TOKENS_FILE, JOURNAL_DIRECTORY, SHARD_DIRECTORY, KEYS_DIRECTORY},
         JOURNAL_DIRECTORY: {journal.journal_file(rank) for rank in lines},
         KEYS_DIRECTORY: keys,
     }

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from fisherscope.errors import StoreError
-from fisherscope.store import disk
+from fisherscope.store import disk, lifecycle
 from fisherscope.store.commits import Commits
 from fisherscope.store.declaring import Declared, declare
 from fisherscope.store.disk import Durability
@@ -21,6 +21,7 @@ from fisherscope.store.sealing import Sealer
 from fisherscope.store.segment import SegmentWriter
 from fisherscope.store.shard import ShardFile
 from fisherscope.store.snapshot import Arrays, Snapshot, read_snapshot, write_arrays
+from fisherscope.store.token_texts import TOKENS_FILE, write_token_texts
 
 
 class StoreWriter:
@@ -231,6 +232,20 @@ class StoreWriter:
             write_arrays(arrays, lambda specs: self._commits.new_shard("constants", specs, "")),
             ConstantsRecord,
         )
+
+    def token_texts(self, texts: Mapping[int, str]) -> None:
+        """Keep how tokens read, beside those that are kept already. Rank 0 does it for all.
+
+        Args:
+            texts: by token id.
+
+        Raises:
+            ValueError: a text is no short text without control characters.
+            StoreFullError: the disk cannot hold it; what was kept stays.
+        """
+        if self.rank == 0:
+            tmp = f"{lifecycle.tmp_prefix(self.rank)}{TOKENS_FILE}"
+            write_token_texts(self.path, texts, self.durability, tmp)
 
     def flush(self) -> None:
         """Wait until everything that was handed over is committed.

@@ -97,6 +97,9 @@ def everything_of(store):
     return samples_of(store) | aggregates_of(store) | tables | constants | complete
 
 
+TOKENS = {0: "the", 7: " é"}
+
+
 class TwoTasks:
     """Two tasks of four samples in one store: two segments and two snapshots each, and constants."""
 
@@ -110,6 +113,7 @@ class TwoTasks:
 
     def finish(self, writer):
         """What is missing: all segments in a row, so that a thread that seals has several; then the rest."""
+        writer.token_texts(TOKENS)
         for run in self.runs:
             writer.declare_task(run.task, run.keys)
             done = writer.committed_rows(run.task)
@@ -169,7 +173,9 @@ def committed(root, truth):
 
 def assert_finished(root, whole):
     """Everything is there, to the bit, and nothing else is left in the directory."""
-    assert everything_of(open_store(root)) == whole
+    store = open_store(root)
+    assert everything_of(store) == whole
+    assert store.token_texts(TOKENS) in ([*TOKENS.values()], [None, None])
     verified = verify(root)
     assert verified.ok, verified.summary()
     assert not verified.notes
