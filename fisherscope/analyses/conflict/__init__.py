@@ -9,6 +9,8 @@ from fisherscope.analyses.conflict.corrections import adjust, adjust_directional
 from fisherscope.analyses.conflict.cosines import cosines, effect_size
 from fisherscope.analyses.conflict.group_test import GroupTest, cauchy_combination, group_test
 from fisherscope.analyses.conflict.pair_test import PairStatistics, pair_statistics, pair_test
+from fisherscope.analyses.conflict.position_view import PositionView
+from fisherscope.analyses.conflict.positions import carrying_positions, carrying_positions_of_pairs
 from fisherscope.analyses.conflict.recommendations import Recommendations, recommend
 from fisherscope.analyses.conflict.result import ConflictResult
 from fisherscope.analyses.conflict.sample_test import sample_test
@@ -19,11 +21,14 @@ __all__ = [
     "ConflictResult",
     "GroupTest",
     "PairStatistics",
+    "PositionView",
     "Recommendations",
     "adjust",
     "adjust_directional",
     "block_test",
     "calibrate",
+    "carrying_positions",
+    "carrying_positions_of_pairs",
     "cauchy_combination",
     "clusters",
     "communities",

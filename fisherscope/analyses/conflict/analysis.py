@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from fisherscope.analyses.config import ConflictConfig
 from fisherscope.analyses.conflict.calibration import COLUMNS as CALIBRATION
 from fisherscope.analyses.conflict.calibration import HISTOGRAM, Calibration
-from fisherscope.analyses.conflict.carrying import POSITIONS, look_into
+from fisherscope.analyses.conflict.carrying import look_into
 from fisherscope.analyses.conflict.communities import communities
 from fisherscope.analyses.conflict.frames import (
     HEADS,
@@ -94,10 +94,7 @@ class _Run:
                 self._compare(a, b, load)
         extra = self._extra()
         frame = self._table("pairs", [*PAIRS, "text_a", "text_b"])
-        if self.config.contribution_averaging_window == 1:
-            extra["positions"] = look_into(self.store, frame, self.config, self.context)
-        else:
-            extra["positions"] = pd.DataFrame(columns=POSITIONS)
+        frame, extra["positions"] = look_into(self.store, frame, self.config, self.context)
         heads = self._table("heads", HEADS)
         extra["heads"] = with_sentences(heads.groupby(_PAIR, sort=False).head(_LISTED).reset_index(drop=True))
         extra["hot_spots"] = hot_spots(heads, extra["levels"])
