@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
-from fisherscope.analyses import AnalyzeConfig, InterferenceConfig, run
+from fisherscope.analyses import AnalyzeConfig, ConflictConfig, InterferenceConfig, run
 from fisherscope.analyses.interference import compute_sample_pair, interference_matrix, matrix
 from tests.analyses.synthetic import all_slices, slice_of, write_store
 
@@ -13,7 +13,11 @@ PLACES = [(0, "Q", 3), (1, "K", 1), (0, "V", 0), (1, "O", 2)]
 
 
 def interference(store, memory_budget=1 << 30, **options):
-    config = AnalyzeConfig(interference=InterferenceConfig(**options), memory_budget=memory_budget)
+    config = AnalyzeConfig(
+        interference=InterferenceConfig(**options),
+        conflict=ConflictConfig(calibration_splits=0),
+        memory_budget=memory_budget,
+    )
     return run(store, ["interference"], config)["interference"]
 
 
@@ -289,3 +293,34 @@ def test_summary_does_not_overclaim(result):
     text = result.summary()
     assert "math on code: the score that 5% of math's samples exceed is highest at L" in text
     assert "not whether that helps or harms" in text
+
+
+def test_whether_samples_oppose_each_other_is_told_by_the_test_of_conflict(made):
+    """Mean cosine, p and q of the conflict analysis on each slice, the same for both orders."""
+    config = AnalyzeConfig(interference=InterferenceConfig(form="natural"))
+    outcomes = run(made.store, ["conflict", "interference"], config)
+    levels = outcomes["conflict"].extra["levels"]
+    slices = levels[levels["level"] == "slice"].set_index(["layer", "block", "head"])
+    frame = outcomes["interference"].frame
+    assert len(frame) == 2 * len(slices)
+    for _, rows in frame.groupby("task_a"):
+        both = rows.set_index(["layer", "block", "head"]).join(slices.add_suffix("_conflict"))
+        np.testing.assert_array_equal(both["cosine"], both["mean_conflict"])
+        np.testing.assert_array_equal(both["cosine_p"], both["p_conflict"])
+        np.testing.assert_array_equal(both["cosine_q"], both["q_conflict"])
+        assert both["cosine_q"].notna().all()
+    assert "cosine_q" in outcomes["interference"].data
+
+
+def test_without_a_test_of_conflict_nothing_is_claimed(made, monkeypatch):
+    """Slices of biases and a task alone have none; where the analysis failed, a warning says so."""
+    for options in ({"part": "bias"}, {"include_self": True}):
+        tasks = ("code",) if "include_self" in options else None
+        config = AnalyzeConfig(tasks=tasks, interference=InterferenceConfig(**options))
+        found = run(made.store, ["interference"], config)["interference"]
+        assert found.frame["cosine_q"].isna().all()
+        assert not any("not tested" in note for note in found.warnings)
+    monkeypatch.setattr("fisherscope.analyses.conflict.analysis._Run", None)
+    found = run(made.store, ["interference"])["interference"]
+    assert found.frame["cosine_q"].isna().all()
+    assert any("was not tested" in note and "conflict" in note for note in found.warnings)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fisherscope.analyses import AnalyzeConfig, InterferenceConfig, run
+from fisherscope.analyses import AnalyzeConfig, ConflictConfig, InterferenceConfig, run
 from fisherscope.analyses.interference import OverlapTest, matrix
 from fisherscope.analyses.slices import Loaded, SliceReader, find_block
 from tests.analyses.synthetic import make_layout, make_task, write_store
@@ -13,7 +13,11 @@ PLACE = {"layer": 1, "block": "K", "head": 1}
 
 
 def interference(store, seed=0, **options):
-    config = AnalyzeConfig(interference=InterferenceConfig(**options), seed=seed)
+    config = AnalyzeConfig(
+        interference=InterferenceConfig(**options),
+        conflict=ConflictConfig(calibration_splits=0),
+        seed=seed,
+    )
     return run(store, ["interference"], config)["interference"]
 
 

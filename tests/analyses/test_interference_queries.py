@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import fisherscope as fs
-from fisherscope.analyses import AnalyzeConfig, InterferenceConfig, run
+from fisherscope.analyses import AnalyzeConfig, ConflictConfig, InterferenceConfig, run
 from fisherscope.analyses.interference import compute_heatmap, compute_sample_pair, matrix
 from tests import models
 from tests.analyses.synthetic import write_store
@@ -17,7 +17,11 @@ KV = {"K", "V"}
 
 
 def interference(store, tasks=None, **options):
-    config = AnalyzeConfig(interference=InterferenceConfig(**options), tasks=tasks)
+    config = AnalyzeConfig(
+        interference=InterferenceConfig(**options),
+        conflict=ConflictConfig(calibration_splits=0),
+        tasks=tasks,
+    )
     return run(store, ["interference"], config)["interference"]
 
 

@@ -10,6 +10,7 @@ from fisherscope.analyses.config import InterferenceConfig
 from fisherscope.analyses.context import Context
 from fisherscope.analyses.interference.measuring import Measured, Measurement, applied, nothing_stored
 from fisherscope.analyses.interference.result import MAPS, InterferenceResult
+from fisherscope.analyses.interference.signed import with_claims
 from fisherscope.analyses.outcome import SkipAnalysis
 from fisherscope.analyses.registry import register
 from fisherscope.analyses.slices import SliceReader, gqa_map, stored_blocks
@@ -46,7 +47,8 @@ def interference(
     reader = SliceReader(store, context.memory_budget)
     measurement = Measurement(reader, context.tasks, config, context.rng)
     found = measurement.run(pairs)
-    frame = pd.DataFrame(found.rows, columns=_FRAME)
+    frame, why_not = with_claims(pd.DataFrame(found.rows), context, config)
+    frame = frame[_FRAME]
     return InterferenceResult(
         name="interference",
         config={**applied(config), "fisher_source": "gradients" if config.form == "full" else reader.source},
@@ -54,7 +56,7 @@ def interference(
         data=head_maps(frame, MAPS, {"task_a": context.tasks, "task_b": context.tasks}),
         extra={"pairs": _pairs(store, found)},
         details={"gqa": gqa_map(store), "samples": measurement.scorer.rows},
-        warnings=_warnings(reader, measurement, found, frame, config),
+        warnings=[*_warnings(reader, measurement, found, frame, config), *why_not],
     )
 
 

@@ -10,12 +10,13 @@ import xarray as xr
 from typing_extensions import override
 
 from fisherscope.analyses.interference.permutation import NAMES
+from fisherscope.analyses.interference.signed import CLAIM
 from fisherscope.analyses.interference.totals import NUMBERS
 from fisherscope.analyses.result import Result
 from fisherscope.analyses.units import head_maps, role_of, slice_name
 
 HEALTH = ["fisher_min", "fisher_median", "fisher_max", "below_epsilon", "ridge"]
-MAPS = [*NUMBERS, *NAMES, *HEALTH]
+MAPS = [*NUMBERS, *NAMES, *CLAIM, *HEALTH]
 
 _LEVEL = 0.05
 
@@ -29,6 +30,9 @@ class InterferenceResult(Result):
     sample's mean score), and the split into ``magnitude`` and ``overlap`` (NaN for signed forms); of the
     test of overlap ``effect``, ``p``, ``p_max`` and ``q`` (see
     :class:`~fisherscope.analyses.interference.permutation.OverlapTest`; NaN where nothing was tested);
+    whether samples oppose each other there ``cosine``, ``cosine_p`` and ``cosine_q`` (mean cosine and test of
+    it, as in the conflict analysis: :func:`~fisherscope.analyses.conflict.block_test.block_test`; the same
+    for every form);
     ``fisher_min``, ``fisher_median``, ``fisher_max``, ``below_epsilon``, ``ridge``, ``flat``. ``data`` holds
     the same (but ``flat``) with axes (task_a, task_b, layer, block, head), NaN where a block has fewer
     heads. ``extra["pairs"]``: the sample pairs of each ordered pair of tasks that stand out, by score or,
