@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from fisherscope.analyses import Result
 from fisherscope.analyses.conflict import ConflictResult
@@ -13,6 +14,7 @@ from fisherscope.analyses.overlap import OverlapResult
 from fisherscope.analyses.units import slice_name
 from fisherscope.report.markup import Html, esc, join, sample_text, tag
 from fisherscope.report.numbers import percent, short, signed
+from fisherscope.report.verdicts import badge
 
 _MOST = 6
 
@@ -83,24 +85,33 @@ def _shared(result: OverlapResult) -> Html:
 
 
 def _opposed(result: ConflictResult) -> Html:
-    levels = result.extra["levels"]
+    verdicts = result.extra["verdicts"].to_dict("records")
     lines = [
-        (
-            f"{row['task_a']} and {row['task_b']}",
-            esc(f"mean cosine {signed(row['mean'])}, {percent(row['share_negative'])} of the pairs below 0"),
-        )
-        for row in levels[levels["level"] == "whole"].to_dict("records")
+        (f"{row['task_a']} and {row['task_b']}", join([badge(row["verdict"]), tag("small", _how_much(row))]))
+        for row in verdicts
     ]
     pairs = result.top(1).to_dict("records")
-    if not pairs:
+    if not pairs or not pairs[0]["found"]:
         return _listed(lines)
     pair = pairs[0]
     text = join([
-        "Most opposed: ", _strong(pair["sample_a"]), " and ", _strong(pair["sample_b"]),
+        "Most certain: ", _strong(pair["sample_a"]), " and ", _strong(pair["sample_b"]),
         f" (cosine {signed(pair['cosine'])}; {signed(pair['slice_cosine'])} at {slice_name(pair)})",
     ])  # fmt: skip
     texts = [sample_text(pair[key]) for key in ("text_a", "text_b") if isinstance(pair.get(key), str)]
     return join([_listed(lines), tag("p", text), *texts])
+
+
+def _how_much(verdict: dict[Any, Any]) -> str:
+    """What was found, by number; where nothing was, the reason."""
+    words = {
+        "pairs": "{:,} pairs of samples",
+        "heads": "{:,} pairs on a head",
+        "samples": "{:,} samples against the other task",
+        "blocks": "the tasks as a whole on {:,} head slices",
+    }
+    counts = [text.format(verdict[key]) for key, text in words.items() if verdict[key]]
+    return f"{', '.join(counts)}." if counts else str(verdict["reason"])
 
 
 def _stress(result: InterferenceResult) -> Html:

@@ -62,6 +62,7 @@ def _usable(name: str, outcome: Outcome) -> Outcome:
         try:
             json.dumps(outcome.to_json(max_rows=1), allow_nan=False)
             outcome.top(1)
+            outcome.files()
         except Exception as error:
             logger.exception("the result of analysis %r cannot be shown", name)
             return Failed.of(name, error)
@@ -127,7 +128,7 @@ class Report(Mapping[str, Result]):
         return "\n\n".join(f"{name}\n{_words(outcome)}" for name, outcome in self.outcomes.items())
 
     def save(self, directory: str | Path) -> Path:
-        """Write ``report.html``, ``results.json`` and ``tables/*.csv``.
+        """Write ``report.html``, ``results.json`` and ``tables/``: CSV, and what else a result has.
 
         Each file appears whole or not at all. Saving again replaces the files of an earlier report.
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,7 @@ def results_json(report: Report, files: dict[str, dict[str, str]]) -> dict[str, 
 
     Args:
         report: the report.
-        files: per analysis, table name -> file name under ``tables/``.
+        files: per analysis, name of a table or further file -> file name under ``tables/``.
 
     Returns:
         Plain data without NaN: ``format``, ``schema_version``, ``config`` (what ``analyze --config`` takes),
@@ -81,23 +82,37 @@ def _outcome(outcome: Outcome, files: dict[str, str]) -> dict[str, Any]:
 
 
 def _tables(report: Report) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
-    """CSV texts by file name, and per analysis the file of each table."""
+    """Texts by file name, and per analysis the file of each table and of each further file."""
     texts: dict[str, str] = {}
     files: dict[str, dict[str, str]] = {}
     for name, result in report.items():
         files[name] = {}
-        for table, frame in result.tables().items():
-            stem = _UNSAFE.sub("_", table).strip(".") or "table"
-            file, number = f"{stem}.csv", 2
-            while file.lower() in {known.lower() for known in texts}:
-                file, number = f"{stem}_{number}.csv", number + 1
-            texts[file] = frame.to_csv(index=False)
-            files[name][table] = file
+        wanted = [
+            (table, f"{table}.csv", frame.to_csv(index=False)) for table, frame in result.tables().items()
+        ]
+        further = {f"{result.name}_{file}": text for file, text in result.files().items()}
+        wanted += [(file, file, text) for file, text in further.items()]
+        for key, file, text in wanted:
+            place = _free(file, texts)
+            texts[place] = text
+            files[name][key if key not in files[name] else place] = place
     return texts, files
 
 
+def _free(wanted: str, taken: Iterable[str]) -> str:
+    """A file name that is safe and not taken, whatever the case of its letters."""
+    stem, dot, ending = _UNSAFE.sub("_", wanted).rpartition(".")
+    stem = (stem if dot else ending).strip(".") or "table"
+    ending = dot and f".{ending}"
+    known = {name.lower() for name in taken}
+    name, number = f"{stem}{ending}", 2
+    while name.lower() in known:
+        name, number = f"{stem}_{number}{ending}", number + 1
+    return name
+
+
 def _written_before(directory: Path) -> set[str]:
-    """Tables that an earlier report in this directory lists as its own."""
+    """Tables and further files that an earlier report in this directory lists as its own."""
     try:
         old = json.loads((directory / "results.json").read_text(encoding="utf-8"))
         if old["format"] != FORMAT:

@@ -14,6 +14,7 @@ from fisherscope.report.markup import Html, grid, join, tag
 from fisherscope.report.numbers import percent, short, size
 from fisherscope.report.plots import Plots
 from fisherscope.report.tables import tables_of
+from fisherscope.report.verdicts import verdicts
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +150,7 @@ def coverage_section(facts: Facts) -> Section:
 
 
 def analysis_section(name: str, outcome: Outcome, files: Mapping[str, str], plots: Plots) -> Section:
-    """One analysis: words, warnings, figures, tables; or why there is none."""
+    """One analysis: verdicts, words, warnings, figures, tables; or why there is none."""
     key = anchor(name)
     if isinstance(outcome, Skipped):
         body = tag("div", tag("p", tag("b", "Skipped. "), outcome.reason), class_="box skipped")
@@ -168,7 +169,10 @@ def analysis_section(name: str, outcome: Outcome, files: Mapping[str, str], plot
         folded = tag("details", tag("summary", what), *tables.folded, class_="fold")
     csv = join((tag("code", f"tables/{file}") for file in files.values()), ", ")
     source = tag("p", "All rows: ", csv, ".", class_="note") if files else Html("")
-    parts = [_words(outcome), *notes, _figures(outcome, plots), *tables.shown, folded, source]
+    told, words = verdicts(outcome), _words(outcome)
+    if told:  # they have given the reasons already
+        words = tag("details", tag("summary", "In sentences, with means and variances"), words, class_="fold")
+    parts = [told, words, *notes, _figures(outcome, plots), *tables.shown, folded, source]
     return Section(key, title_of(name), join(parts))
 
 

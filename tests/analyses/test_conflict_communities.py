@@ -1,5 +1,6 @@
 """Clusters of found pairs, and the places where they were called, against slow counts."""
 
+import importlib
 import itertools
 
 import networkx as nx
@@ -184,3 +185,13 @@ def test_hot_spots_do_not_depend_on_the_order_of_rows(called, levels):
     none = hot_spots(called.head(0), levels)
     assert none.empty
     assert list(none.columns) == SPOT_COLUMNS
+
+
+def test_only_the_strongest_pairs_make_the_graph_where_there_are_very_many(monkeypatch):
+    """Those with the lowest excess, in any order of rows; what is left out is in no count."""
+    module = importlib.import_module("fisherscope.analyses.conflict.communities")  # not the function
+    monkeypatch.setattr(module, "MOST_PAIRS", 12)
+    strong = pairs_of(block(range(4), range(3)), excess=-0.8)
+    weak = pairs_of(block(range(4, 9), range(3, 8)), excess=-0.2)
+    table = communities(pd.concat([weak, strong]).sample(frac=1, random_state=0))
+    assert table[["samples_a", "samples_b", "pairs", "density"]].to_numpy().tolist() == [[4, 3, 12, 1.0]]

@@ -375,3 +375,21 @@ def test_same_seed_same_result(planted, found):
     again = analysed(planted.store)
     for name, table in found.tables().items():
         pd.testing.assert_frame_equal(table, again.tables()[name])
+
+
+def test_small_means_are_called_small(layout, tmp_path):
+    """Tasks that oppose each other everywhere, and slightly: found, and said to be a small effect."""
+    tasks = {name: noise(layout, name, 80, seed) for name, seed in (("a", 3), ("b", 4))}
+    generator = torch.Generator().manual_seed(9)
+    for name, gradient in tasks["a"].gradients.items():
+        direction = torch.randn(gradient.shape[1:], generator=generator) * 2.5e-4
+        gradient += direction
+        tasks["b"].gradients[name] -= direction
+    result = analysed(write_store(tmp_path / "run.fs", layout, tasks).store, margin=0.0)
+    (row,) = result.extra["verdicts"].to_dict("records")
+    whole = result.extra["levels"].query("level == 'whole'").iloc[0]
+    assert -0.05 < whole["mean"] < -0.01
+    assert (row["verdict"], row["pairs"], row["heads"]) == ("found", 0, 0)
+    assert f"On average a and b oppose each other (mean cosine {whole['mean']:.3f})" in row["reason"]
+    assert "These effects are small" in row["reason"]
+    assert "Which pairs of samples are in conflict cannot be told" in row["reason"]

@@ -62,15 +62,23 @@ def three_tasks(seed):
 
 def slow_filter(samples, pairs):
     """The rule, with everything counted anew before each step."""
-    dropped = sorted(set(samples.loc[samples["direction"] == -1, "sample"]))
     own = samples.groupby("sample")["own_cosine"].mean()
+    harmful = set()
+    for row in samples.to_dict("records"):
+        opposed = row["direction"] == -1 or any(
+            {row["sample"], row["against"]} <= {p["sample_a"], p["sample_b"], p["task_a"], p["task_b"]}
+            for p in pairs.to_dict("records")
+        )
+        if opposed and own[row["sample"]] + row["mean_cosine"] < 0:
+            harmful.add(row["sample"])
+    dropped = sorted(set(samples.loc[samples["direction"] == -1, "sample"]) & harmful)
     while True:
         left = [
             (a, b)
             for a, b in zip(pairs["sample_a"], pairs["sample_b"], strict=True)
             if not {a, b} & set(dropped)
         ]
-        degree = {s: sum(s in pair for pair in left) for pair in left for s in pair}
+        degree = {s: sum(s in pair for pair in left) for pair in left for s in pair if s in harmful}
         if not degree or max(degree.values()) < 2:
             return dropped
         dropped.append(min(degree, key=lambda s: (-degree[s], own[s], s)))
@@ -82,13 +90,27 @@ def test_the_filter_follows_the_rule_step_by_step(seed):
     samples, pairs = three_tasks(seed)
     table = recommend(samples, pairs).filter
     expected = slow_filter(samples, pairs)
-    assert sorted(table["sample"][:2]) == sorted(expected[:2]) == ["code_4", "math_3"]
-    assert table["sample"].tolist()[2:] == expected[2:]
+    called = int(table["reason"].str.contains("as a whole").sum())
+    assert sorted(table["sample"][:called]) == expected[:called] == ["code_4", "math_3"][:called]
+    assert table["sample"].tolist()[called:] == expected[called:]
+
+
+def test_samples_that_help_their_task_more_than_they_harm_are_kept_and_supported():
+    """Neither a call nor many pairs drop a sample whose own task gains more than the other loses."""
+    samples = samples_of({"math": 6, "code": 6}).assign(mean_cosine=-0.1)
+    pairs = pairs_of([(0, 0), (0, 1), (0, 2)])
+    call(samples, "math_1", "code", -0.1)
+    for own, dropped in ((0.2, []), (0.05, ["math_1", "math_0"])):
+        found = recommend(samples.assign(own_cosine=own), pairs)
+        assert found.filter["sample"].tolist() == dropped
+        kept = {"math_0", "math_1", "code_0", "code_1", "code_2"} - set(dropped)
+        assert set(found.augment["sample"]) == kept
 
 
 def test_after_the_filter_no_sample_has_two_conflicts_left():
     """What the rule promises of the samples that stay, and why each was dropped."""
     samples, pairs = three_tasks(1)
+    samples["own_cosine"] -= 0.5
     table = recommend(samples, pairs).filter
     gone = set(table["sample"])
     left = pairs[~pairs["sample_a"].isin(gone) & ~pairs["sample_b"].isin(gone)]
@@ -103,7 +125,7 @@ def test_after_the_filter_no_sample_has_two_conflicts_left():
 
 def test_one_pair_drops_nobody_and_ties_go_to_the_lower_own_cosine():
     """A single pair is no reason to drop a sample; of equals the one its own task supports less goes."""
-    samples = samples_of({"math": 6, "code": 6})
+    samples = samples_of({"math": 6, "code": 6}).assign(mean_cosine=-0.5)
     assert recommend(samples, pairs_of([(0, 0), (1, 1)])).filter.empty
     square = pairs_of([(0, 0), (0, 1), (1, 0), (1, 1)])
     for lowest in ("math_0", "math_1", "code_0", "code_1"):
@@ -179,6 +201,7 @@ def test_augment_lists_conflicting_samples_that_their_task_supports():
     call(samples, "math_4", "code")
     call(samples, "math_5", "code", 0.2, direction=1)
     pairs = pairs_of([(0, 0), (0, 1), (2, 1)])
+    samples["mean_cosine"] = samples["mean_cosine"].clip(-0.05)
     table = recommend(samples, pairs, {"math_0": "math_3", "math_4": "math_5"}).augment
     assert table[["sample", "degree", "like"]].to_numpy().tolist() == [
         ["math_0", 2, "math_3"], ["code_0", 1, ""], ["math_4", 0, "math_5"],

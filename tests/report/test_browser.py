@@ -6,6 +6,11 @@ import time
 
 import pytest
 
+from fisherscope.report import Report
+from fisherscope.report.page import render
+from tests.report.conflicts import make_conflict
+from tests.report.conftest import QUICK
+
 pytestmark = pytest.mark.browser
 
 
@@ -60,7 +65,7 @@ def test_every_figure_draws_and_nothing_else_happens(chromium, saved):
     file = saved.directory / "report.html"
     with Opened(chromium, file, viewport={"width": 1280, "height": 900}) as opened:
         places = opened.count("[data-figure]")
-        assert places == 29
+        assert places == 31
         assert opened.count(".js-plotly-plot .main-svg:first-child") == places
         drawn = "place => place.querySelector('.trace, .hm, .bars') !== null"
         assert opened.page.locator(".plot").evaluate_all(f"all => all.every({drawn})")
@@ -100,3 +105,46 @@ def test_hover_names_the_slice(chromium, saved):
         text = opened.page.locator(".hoverlayer .hovertext").first.text_content()
         assert "layer 0, Q head 0" in text
         assert "F " in text
+
+
+@pytest.fixture(scope="module")
+def conflict_page(saved, tmp_path_factory):
+    """A page with findings, and hostile names, ids, tokens and texts."""
+    file = tmp_path_factory.mktemp("conflict") / "report.html"
+    page = render(Report({"conflict": make_conflict()}, saved.report.facts, QUICK), {})
+    file.write_text(page, encoding="utf-8")
+    return file
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 1280), ("light", 390)])
+def test_the_conflict_section_draws_and_runs_nothing(chromium, conflict_page, scheme, width):
+    """Network, maps, calibration and spread draw in both themes; the badges show; no name or token runs."""
+    options = {"color_scheme": scheme, "viewport": {"width": width, "height": 900}}
+    with Opened(chromium, conflict_page, **options) as opened:
+        assert opened.count("[data-figure]") == opened.count(".js-plotly-plot .main-svg:first-child") == 10
+        assert opened.page.locator(".verdict .badge").all_inner_texts() == [
+            "Conflict found", "Nothing found", "Cannot tell",
+        ]  # fmt: skip
+        colors = "all => new Set(all.map(one => getComputedStyle(one).color)).size"
+        assert opened.page.locator(".verdict .badge").evaluate_all(colors) == 3
+        opened.page.locator("details").evaluate_all("all => all.forEach(one => { one.open = true; })")
+        assert opened.count("mark.s4") == 2
+        assert "window.pwned=1" in opened.page.locator("mark.s4").first.inner_text()
+        assert opened.page.evaluate("window.pwned === undefined")
+        assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
+        assert opened.requests == [conflict_page.as_uri()]
+        assert opened.problems == []
+
+
+def test_hover_in_the_network_names_the_sample(chromium, conflict_page):
+    """Pointing at a dot of the network shows its id, its cluster and its text, as text."""
+    with Opened(chromium, conflict_page, viewport={"width": 1280, "height": 900}) as opened:
+        plot = opened.page.locator("#analysis-conflict .plot").first
+        plot.scroll_into_view_if_needed()
+        box = plot.locator(".trace .points path").last.bounding_box()
+        opened.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+        text = opened.page.locator(".hoverlayer .hovertext").first.text_content()
+        assert "found pairs here" in text
+        assert "window.pwned=1" in text
+        assert opened.page.evaluate("window.pwned === undefined")
+        assert opened.problems == []

@@ -8,7 +8,7 @@ from fisherscope.report.figures.maps import head_map
 from fisherscope.report.figures.scales import SCALES
 from fisherscope.report.figures.ticks import log_ticks
 
-COUNTS = {"fisher": 4, "importance": 6, "masks": 3, "overlap": 4, "conflict": 6, "interference": 6}
+COUNTS = {"fisher": 4, "importance": 6, "masks": 3, "overlap": 4, "conflict": 8, "interference": 6}
 
 
 @pytest.mark.parametrize("name", COUNTS)

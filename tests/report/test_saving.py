@@ -21,10 +21,12 @@ def strict_json(text):
 
 
 def test_the_files(saved):
-    """A page, the results, a table for every table of every result, and nothing else."""
+    """A page, the results, a file for every table and further file of every result, and nothing else."""
     found = {str(p.relative_to(saved.directory)) for p in saved.directory.rglob("*") if p.is_file()}
     tables = {f"tables/{name}.csv" for result in saved.report.values() for name in result.tables()}
-    assert found == {"report.html", "results.json", *tables}
+    further = {f"tables/{result.name}_{file}" for result in saved.report.values() for file in result.files()}
+    assert further == {"tables/conflict_weights.jsonl"}
+    assert found == {"report.html", "results.json", *tables, *further}
     for result in saved.report.values():
         for name, frame in result.tables().items():
             read = pd.read_csv(saved.directory / "tables" / f"{name}.csv")
@@ -39,7 +41,9 @@ def test_results_are_strict_json(saved, lean):
     for name, entry in whole["analyses"].items():
         assert entry["status"] == "ok"
         assert entry["tables"][name]["total"] == len(saved.report[name].frame)
-        assert set(entry["files"]) == set(saved.report[name].tables())
+        result = saved.report[name]
+        further = {f"{name}_{file}": f"{name}_{file}" for file in result.files()}
+        assert entry["files"] == {table: f"{table}.csv" for table in result.tables()} | further
     assert whole["model"]["kv_heads"] == [2]
     assert [task["samples"] for task in whole["tasks"]] == [8, 7, 6]
     bare = strict_json((lean.directory / "results.json").read_text(encoding="utf-8"))
@@ -71,6 +75,48 @@ def test_tables_of_an_earlier_report_go_and_other_files_stay(saved, tmp_path):
     left = {path.name for path in (tmp_path / "tables").iterdir()}
     assert left == {"masks.csv", "masks_heads.csv", "masks_parameters.csv", "mine.csv"}
     assert (tmp_path / "notes.txt").read_text() == "keep"
+
+
+class Further(Plain):
+    """A result with files that are no tables."""
+
+    def files(self):
+        return {"weights.jsonl": '{"é": 1}\n', "../../up": "1", "x.csv": "mine"}
+
+
+def test_further_files_are_written_listed_and_replaced(saved, plugin, tmp_path):
+    """Text files of a result stand beside its tables under safe names of their own; stale ones go."""
+    frame = pd.DataFrame({"x": [1]})
+    plugin("odd", lambda *given: Further(name="odd", config={}, frame=frame, extra={"x": frame}))
+    fs.analyze(saved.report.store_path, ["odd"], QUICK).save(tmp_path)
+    left = {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "tables").iterdir()}
+    assert left == {
+        "odd.csv": "x\n1\n", "odd_x.csv": "x\n1\n", "odd_weights.jsonl": '{"é": 1}\n', "odd_.._._up": "1",
+        "odd_x_2.csv": "mine",
+    }  # fmt: skip
+    whole = strict_json((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert whole["analyses"]["odd"]["files"]["odd_weights.jsonl"] == "odd_weights.jsonl"
+    assert set(whole["analyses"]["odd"]["files"].values()) == set(left)
+    assert all(f"tables/{name}" in (tmp_path / "report.html").read_text(encoding="utf-8") for name in left)
+    (tmp_path / "tables" / "mine.jsonl").write_text("1\n")
+    fs.analyze(saved.report.store_path, ["masks"], QUICK).save(tmp_path)
+    files = {path.name for path in (tmp_path / "tables").iterdir()}
+    assert "mine.jsonl" in files
+    assert not files & set(left)
+
+
+def test_files_that_cannot_be_made_are_a_failure_of_the_analysis(saved, plugin, tmp_path):
+    """A result whose files raise has failed; the others are saved."""
+
+    class Broken(Plain):
+        def files(self):
+            raise RuntimeError("no ink")
+
+    plugin("broken", lambda *given: Broken(name="broken", config={}, frame=pd.DataFrame({"x": [1]})))
+    report = fs.analyze(saved.report.store_path, ["broken", "masks"], QUICK)
+    assert report.failed == {"broken": "RuntimeError: no ink"}
+    report.save(tmp_path)
+    assert (tmp_path / "tables" / "masks.csv").exists()
 
 
 def test_a_failed_write_leaves_the_earlier_report(saved, tmp_path, monkeypatch):

@@ -31,11 +31,12 @@ class Recommendations:
     of them helps. A conflict may be what the tasks are about.
 
     Attributes:
-        filter: samples to drop: sample, task, against, reason, degree, mean_cosine. Rule: first every sample
-            that the test of samples calls opposed to another task, the most opposed first. Of the found pairs whose samples both
-            remain, the sample with most is dropped, again and again while it has two or more; ties go to the
-            lower own_cosine, then to the id. A pair that meets no other drops nobody: it does not say which
-            of the two should go.
+        filter: samples to drop: sample, task, against, reason, degree, mean_cosine. Only samples that set
+            another task back by more than they help their own: mean_cosine + own_cosine < 0. Rule: first
+            those that the test of samples calls opposed to that task, the most opposed first. Of the found
+            pairs whose samples both remain, the sample with most is dropped, again and again while it has
+            two or more; ties go to the lower own_cosine, then to the id. A pair that meets no other drops
+            nobody: it does not say which of the two should go.
         reweight: a weight in (0, 1] for every sample: task, sample, weight = 1 / (1 + s), where s is the sum
             of -excess over the found pairs of the sample, plus -mean_cosine for each task that the test of
             samples calls it opposed to. Without findings the weight is 1.
@@ -45,9 +46,10 @@ class Recommendations:
             (rank - 1) / (n - 1) by loss and by gradient norm within its task, from 0 to 1; level ("easy",
             "medium", "hard") has the terciles of difficulty within the task as bounds.
         augment: samples to keep but to support with more data: sample, task, against, degree, own_cosine,
-            like. Rule: samples with a finding against them whose mean cosine with the rest of their own task
-            is above 0: dropping them costs their task something. ``like`` is the sample of the task
-            without a finding that is most similar, a pattern for more of its kind, where it is known.
+            like. Rule: samples with a finding against them that are not to be dropped, and whose mean cosine
+            with the rest of their own task is above 0: without them their task would lose something.
+            ``like`` is the sample of the task without a finding that is most similar, a pattern for more of
+            its kind, where it is known.
     """
 
     filter: pd.DataFrame
@@ -95,11 +97,12 @@ def recommend(
     """
     ends = _ends(pairs)
     table = _findings(samples, ends)
+    dropped = _filter(table, ends)
     return Recommendations(
-        filter=_filter(table, ends),
+        filter=dropped,
         reweight=table.assign(weight=1 / (1 + table["strength"]))[REWEIGHT].reset_index(drop=True),
         curriculum=_curriculum(table),
-        augment=_augment(table, neighbours or {}),
+        augment=_augment(table[~table["sample"].isin(dropped["sample"])], neighbours or {}),
     )
 
 
@@ -149,12 +152,12 @@ def _names(rows: pd.DataFrame) -> pd.Series[str]:
 
 def _filter(table: pd.DataFrame, ends: pd.DataFrame) -> pd.DataFrame:
     known = {(row["task"], row["sample"]): row for row in table.to_dict("records")}
-    called = sorted(
-        (key for key, row in known.items() if row["opposes"]), key=lambda k: known[k]["opposed_by"]
-    )
+    # a lone sample of its task has nothing to help
+    own = {key: float(np.nan_to_num(row["own_cosine"])) for key, row in known.items()}
+    harmful = {key for key, row in known.items() if own[key] + row["lowest"] < 0}
+    called = sorted((key for key in harmful if known[key]["opposes"]), key=lambda k: known[k]["opposed_by"])
     dropped = {key: f"opposes {known[key]['opposes']} as a whole" for key in called}
-    own = {key: float(row["own_cosine"]) for key, row in known.items()}
-    for key, left in _cover(ends, own, set(dropped)):
+    for key, left in _cover(ends, {key: own[key] for key in harmful}, set(dropped)):
         dropped[key] = f"conflicts with {left} samples that would stay"
     rows = [
         {
@@ -171,17 +174,16 @@ def _filter(table: pd.DataFrame, ends: pd.DataFrame) -> pd.DataFrame:
 
 
 def _cover(ends: pd.DataFrame, own_cosine: Mapping[_Key, float], gone: set[_Key]) -> list[tuple[_Key, int]]:
-    """Samples to drop in turn, and with how many remaining samples each conflicted then."""
+    """Samples to drop in turn, of those with an ``own_cosine``, and how many each conflicted with then."""
     partners: dict[_Key, set[_Key]] = {}
     for task, sample, against, other in ends[[*_KEY, "against", "other"]].itertuples(index=False, name=None):
         if (task, sample) not in gone and (against, other) not in gone:
             partners.setdefault((task, sample), set()).add((against, other))
 
     def entry(key: _Key) -> tuple[int, float, str, str]:
-        own = own_cosine.get(key, math.nan)
-        return -len(partners[key]), own if math.isfinite(own) else math.inf, key[1], key[0]
+        return -len(partners[key]), own_cosine[key], key[1], key[0]
 
-    heap = [entry(key) for key in partners]
+    heap = [entry(key) for key in partners if key in own_cosine]
     heapq.heapify(heap)
     dropped = []
     while heap and -heap[0][0] >= _LEAST_PAIRS:

@@ -9,6 +9,9 @@ import numpy as np
 
 from fisherscope.analyses.conflict.study import Study
 
+# Means above this are called small.
+_SLIGHT = -0.05
+
 FOUND, NOTHING, UNKNOWN = "found", "nothing found", "cannot tell"
 
 
@@ -38,6 +41,12 @@ class Findings:
     def any(self) -> bool:
         """Whether anything was found."""
         return bool(self.pairs or self.heads or any(self.samples) or self.blocks or not np.isnan(self.whole))
+
+    @property
+    def is_slight(self) -> bool:
+        """Whether all that was found are means, and none of them is below -.05."""
+        means = [*self.opposed, self.lowest, self.whole]
+        return not self.pairs and not self.heads and not any(mean < _SLIGHT for mean in means)
 
 
 def verdict(study: Study, findings: Findings, a: str, b: str) -> dict[str, Any]:
@@ -101,6 +110,8 @@ def _found(study: Study, findings: Findings, a: str, b: str) -> list[str]:
             f"On {findings.blocks} of {len(study.slices)} head slices the mean cosine is below what groups "
             f"of samples of one task have (down to {findings.lowest:.3f})."
         )
+    if findings.is_slight:
+        sentences.append("These effects are small: a step on one task hardly moves the other.")
     if not findings.pairs and not findings.heads:
         sentences.append("Which pairs of samples are in conflict cannot be told: " + _why_no_pairs(study))
     return sentences

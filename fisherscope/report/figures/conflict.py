@@ -1,4 +1,4 @@
-"""Figures of conflict: where and how far samples of two tasks oppose each other."""
+"""Figures of conflict: which samples of two tasks oppose each other, where, and how far."""
 
 from __future__ import annotations
 
@@ -9,48 +9,75 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from fisherscope.analyses.conflict import ConflictResult
+from fisherscope.report.figures.calibration import calibration
 from fisherscope.report.figures.maps import Hover, head_map, heads_note
+from fisherscope.report.figures.network import network
 from fisherscope.report.figures.parts import PlotlyDict, axis, column, plot, rounded
 from fisherscope.report.figures.registry import Figure, register_figures
 from fisherscope.report.figures.scales import DIVERGING
 
 _BINS = 60
 _HOVER = (
-    Hover("lowest", "min", "+.3f"),
+    Hover("excess over samples of one task", "excess", "+.3f"),
+    Hover("t", "t", ".2f"),
+    Hover("p", "p", ".2g"),
+    Hover("q", "q", ".2g"),
+    Hover("margin", "margin", ".3f"),
+    Hover("lowest pair", "min", "+.3f"),
     Hover("pairs below 0", "share_negative", ".0%"),
-    Hover("samples of one task", "reference", "+.3f"),
 )
 
 
 @register_figures(ConflictResult)
 def conflict_figures(result: ConflictResult) -> list[Figure]:
-    """Per pair of tasks: the spread of the cosines of all sample pairs, and their mean per slice."""
-    levels = result.extra["levels"]
-    spreads, maps = [], []
-    for pair, rows in levels.groupby(["task_a", "task_b"], sort=False):
+    """Per pair of tasks: which samples conflict, where, whether the tests can be trusted, and the spread."""
+    networks, maps, trials, spreads = [], [], [], []
+    for pair, rows in result.extra["levels"].groupby(["task_a", "task_b"], sort=False):
         a, b = map(str, pair)
-        whole = rows[rows["level"] == "whole"].to_dict("records")[0]
-        try:
-            cosines = result.cosines(a, b).to_numpy().ravel()
-        except KeyError:  # too many pairs to keep: the map below says where
-            pass
-        else:
-            spreads.append(_spread(a, b, cosines[np.isfinite(cosines)], whole))
+        found = of_pair(result.frame, a, b)
+        if len(found := found[found["found"].astype(bool)]):
+            networks.append(network(found, of_pair(result.extra["clusters"], a, b)))
         slices = rows[rows["level"] == "slice"]
         if len(slices):
-            maps.append(_map(a, b, slices))
-    return [*spreads, *maps]
+            maps.append(_map(a, b, slices, float(result.config["level"])))
+        trials.append(
+            calibration(*(of_pair(result.extra[key], a, b) for key in ("calibration", "calibration_p")))
+        )
+        spreads.append(_spread_of(result, a, b, rows))
+    return [*networks, *maps, *filter(None, trials), *filter(None, spreads)]
 
 
-def _map(a: str, b: str, rows: pd.DataFrame) -> Figure:
-    note = heads_note(rows)
+def of_pair(frame: pd.DataFrame, a: str, b: str) -> pd.DataFrame:
+    """Rows of a pair of tasks."""
+    return frame[(frame["task_a"] == a) & (frame["task_b"] == b)]
+
+
+def _map(a: str, b: str, rows: pd.DataFrame, level: float) -> Figure:
+    marked = rows.assign(marked=rows["q"] < level)
+    dots = "Dots: below what groups of samples of one task do to each other"
+    dots = f"{dots} (q < {level:g})." if marked["marked"].any() else ""
+    words = [
+        f"Over all pairs of a sample of {a} and one of {b}. Orange: they pull the slice apart.",
+        dots,
+        heads_note(rows),
+    ]
     return Figure(
         title=f"{a} and {b}: mean cosine of natural gradients per head slice",
-        plot=head_map(rows, "mean", "cosine", hover=_HOVER, scale="diverging", form="+.3f"),
-        caption=f"Over all pairs of a sample of {a} and one of {b}. Orange: they pull the slice in opposite "
-        f"directions. {note}".strip(),
+        plot=head_map(
+            marked, "mean", "cosine", hover=_HOVER, scale="diverging", form="+.3f", marked="marked"
+        ),
+        caption=" ".join(filter(None, words)),
         wide=True,
     )
+
+
+def _spread_of(result: ConflictResult, a: str, b: str, rows: pd.DataFrame) -> Figure | None:
+    whole = rows[rows["level"] == "whole"].to_dict("records")[0]
+    try:
+        cosines = result.cosines(a, b).to_numpy().ravel()
+    except KeyError:  # too many pairs to keep: the maps say where
+        return None
+    return _spread(a, b, cosines[np.isfinite(cosines)], whole)
 
 
 def _spread(a: str, b: str, cosines: NDArray[np.float64], whole: dict[Any, Any]) -> Figure:

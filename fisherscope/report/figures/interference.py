@@ -8,6 +8,8 @@ from fisherscope.analyses.interference import InterferenceResult
 from fisherscope.report.figures.maps import Hover, head_map, heads_note
 from fisherscope.report.figures.registry import Figure, register_figures
 
+SIGNIFICANT = 0.05
+
 
 @register_figures(InterferenceResult)
 def interference_figures(result: InterferenceResult) -> list[Figure]:
@@ -30,13 +32,20 @@ def _map(a: str, b: str, rows: pd.DataFrame, result: InterferenceResult) -> Figu
         Hover("F below epsilon", "below_epsilon", ".1%"),
         Hover("damping", "ridge"),
     ]
+    marked = rows.assign(marked=rows["q"] < SIGNIFICANT)
+    dots = f"Dots: overlap unlike that within tasks, q < {SIGNIFICANT}. " if marked["marked"].any() else ""
     which = "mean score" if value == "mean" else f"score that 5% of {a}'s samples exceed"
     return Figure(
         title=f"{a} on {b}: {which}, per head slice",
         plot=head_map(
-            rows, value, "score", hover=hover, scale="diverging" if result.signed else "sequential"
+            marked,
+            value,
+            "score",
+            hover=hover,
+            scale="diverging" if result.signed else "sequential",
+            marked="marked",
         ),
         caption=f"Over all pairs of a sample of {a}, whose contributions count, and one of {b}, whose "
-        f"gradient moves the weights. {heads_note(rows)}".strip(),
+        f"gradient moves the weights. {dots}{heads_note(rows)}".strip(),
         wide=True,
     )

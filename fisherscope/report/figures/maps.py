@@ -65,6 +65,7 @@ def head_map(
     scale: Scale = "sequential",
     log: bool = False,
     form: str = ".3g",
+    marked: str | None = None,
 ) -> PlotlyDict:
     """Panels for Q, K, V, O (per stack) over layers and heads, with one colour scale.
 
@@ -76,6 +77,7 @@ def head_map(
         scale: "diverging" is centred at 0.
         log: colours stand for the logarithm; values of 0 stay blank.
         form: d3 format of the value.
+        marked: column of truths; cells where it holds carry a dot.
     """
     panels = _panels(rows)
     drawn = rows[value].to_numpy(np.float64)
@@ -83,7 +85,11 @@ def head_map(
     data = [
         _trace(panel, number, value, (title, form), hover, log=log) for number, panel in enumerate(panels, 1)
     ]
-    height = max(len(panel.layers) for panel in panels) * _row_height(panels)
+    row_height = _row_height(panels)
+    if marked:
+        for trace, panel in zip(data, panels, strict=True):
+            trace.update(_dots(panel, marked, max(6, min(13, row_height // 2))))
+    height = max(len(panel.layers) for panel in panels) * row_height
     layout: PlotlyDict = {
         "coloraxis": _coloraxis(drawn, title, scale, log=log),
         "meta": {"scale": scale, "panels": len(panels), "plot": height},
@@ -185,6 +191,16 @@ def _trace(
         "hoverongaps": False,
         "hovertemplate": "<br>".join(lines) + "<extra></extra>",
     }
+
+
+def _dots(panel: _Panel, marked: str, size: int) -> PlotlyDict:
+    """Text of a heat map: plotly gives it the colour that contrasts with its cell."""
+    place = {layer: i for i, layer in enumerate(panel.layers)}
+    text = [[""] * panel.heads for _ in panel.layers]
+    for layer, head, mark in zip(panel.rows["layer"], panel.rows["head"], panel.rows[marked], strict=True):
+        if mark:
+            text[place[layer]][int(head)] = "\N{BLACK CIRCLE}"
+    return {"text": text, "texttemplate": "%{text}", "textfont": {"size": size}}
 
 
 def _cell(value: Any) -> Any:
