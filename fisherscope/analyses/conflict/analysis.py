@@ -50,7 +50,7 @@ _MODULES = [
 _VERDICTS = [*_PAIR, "verdict", "reason", "pairs", "heads", "samples", "blocks", "detectable"]
 _SPLIT_LEVELS = ("parameter", "module")
 # Findings on heads that are listed per pair of tasks; all of them are counted.
-_LISTED = 10_000
+_LISTED = 2_000
 
 
 @register("conflict", requires=("gradients",), config=ConflictConfig, min_tasks=2)

@@ -51,8 +51,8 @@ def communities(pairs: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for (a, b), part in found.groupby(["task_a", "task_b"], sort=True):
         if len(part) > MOST_PAIRS:
-            lowest = part["excess"].sort_values(kind="stable").index[:MOST_PAIRS]
-            part = part.loc[lowest].sort_values(["sample_a", "sample_b"])  # noqa: PLW2901
+            lowest = np.argsort(part["excess"].to_numpy(np.float64), kind="stable")[:MOST_PAIRS]
+            part = part.iloc[np.sort(lowest)]  # noqa: PLW2901
         rows.extend({"task_a": a, "task_b": b, **row} for row in _clusters(part, seed))
     return pd.DataFrame(rows, columns=COLUMNS)
 
