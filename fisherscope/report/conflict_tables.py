@@ -104,8 +104,11 @@ def _findings(result: ConflictResult, rows: int) -> list[Html]:
         rest = tag("details", tag("summary", f"{len(lines) - rows} more"), tag("ul", *lines[rows:]))
         words = join([words, rest])
     title = "Findings on head slices"
-    if len(sentences) > len(lines):
-        title += f": the {len(lines)} most certain of {len(sentences):,}"
+    spots = result.extra["hot_spots"]
+    # of very many the result lists the most certain ones, and counts them all
+    number = int(spots.loc[spots["level"] == "slice", "pairs"].sum())
+    if number > len(lines):
+        title += f": the {len(lines)} most certain of {number:,}"
     return [tag("div", tag("h3", title), words, class_="words findings")]
 
 

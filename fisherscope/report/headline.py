@@ -87,7 +87,10 @@ def _shared(result: OverlapResult) -> Html:
 def _opposed(result: ConflictResult) -> Html:
     verdicts = result.extra["verdicts"].to_dict("records")
     lines = [
-        (f"{row['task_a']} and {row['task_b']}", join([badge(row["verdict"]), tag("small", _how_much(row))]))
+        (
+            f"{row['task_a']} and {row['task_b']}",
+            join([badge(row["verdict"], slight=row["slight"]), tag("small", _how_much(row))]),
+        )
         for row in verdicts
     ]
     pairs = result.top(1).to_dict("records")

@@ -24,7 +24,7 @@ _SIGNS = {
         "found",
         "Conflict found",
         "the two tasks, or some of their samples, pull parts of the model in opposite directions, more than "
-        "chance explains.",
+        "chance explains. Slight: on average alone, and by little.",
         "M12 2.8 22 20.6H2z",
         "M12 9v5.2M12 16.8v1.2",
     ),
@@ -54,9 +54,13 @@ def verdicts(result: Result) -> Html:
     items = [
         tag(
             "li",
-            tag("div", badge(row["verdict"]), tag("b", f"{row['task_a']} and {row['task_b']}")),
+            tag(
+                "div",
+                badge(row["verdict"], slight=row["slight"]),
+                tag("b", f"{row['task_a']} and {row['task_b']}"),
+            ),
             tag("p", row["reason"]),
-            class_=f"verdict {_SIGNS[row['verdict']].name}",
+            class_=f"verdict {_SIGNS[row['verdict']].name}{' slight' if row['slight'] else ''}",
         )
         for row in rows
     ]
@@ -65,10 +69,11 @@ def verdicts(result: Result) -> Html:
     return join([tag("ul", *items, class_="verdicts"), tag("p", *legend, class_="note")])
 
 
-def badge(verdict: str) -> Html:
+def badge(verdict: str, *, slight: bool = False) -> Html:
     """A verdict as a shape and words."""
     sign = _SIGNS[verdict]
+    title = f"Slight {sign.title[0].lower()}{sign.title[1:]}" if slight else sign.title
     icon = tag(
         "svg", tag("path", d=sign.outline), tag("path", d=sign.glyph), viewBox="0 0 24 24", aria_hidden="true"
     )
-    return tag("span", icon, sign.title, class_=f"badge {sign.name}")
+    return tag("span", icon, title, class_=f"badge {sign.name}")

@@ -381,9 +381,10 @@ def test_small_means_are_called_small(layout, tmp_path):
     """Tasks that oppose each other everywhere, and slightly: found, and said to be a small effect."""
     tasks = {name: noise(layout, name, 80, seed) for name, seed in (("a", 3), ("b", 4))}
     generator = torch.Generator().manual_seed(9)
-    for name, gradient in tasks["a"].gradients.items():
-        direction = torch.randn(gradient.shape[1:], generator=generator) * 2.5e-4
-        gradient += direction
+    for name in tasks["a"].gradients:
+        shape = tasks["a"].gradients[name].shape[1:]
+        direction = torch.randn(shape, generator=generator) * 2.5e-4
+        tasks["a"].gradients[name] += direction
         tasks["b"].gradients[name] -= direction
     result = analysed(write_store(tmp_path / "run.fs", layout, tasks).store, margin=0.0)
     (row,) = result.extra["verdicts"].to_dict("records")

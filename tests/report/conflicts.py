@@ -140,7 +140,7 @@ def make_conflict(found=FOUND):
     calibration, calibration_p = calibration_frames()
     verdicts = [
         {
-            "task_a": a, "task_b": b, "verdict": word, "reason": REASONS[word],
+            "task_a": a, "task_b": b, "verdict": word, "slight": False, "reason": REASONS[word],
             "pairs": len(found) if word == "found" else 0, "heads": 0, "samples": 2 if word == "found" else 0,
             "blocks": 3 if word == "found" else 0, "detectable": -0.4,
         }

@@ -1,5 +1,6 @@
 """The conflict section: verdicts that anybody can read, figures and tables that show what was found."""
 
+import dataclasses
 import itertools
 import re
 
@@ -301,3 +302,14 @@ def test_tokens_without_texts_are_positions(page):
     assert marked_text(positions([], [])) == ""
     assert "carried most by positions 0 (−0.400), 2 (−0.100)" in Reader(page).words
     assert NAMES[0] in Reader(page).words
+
+
+def test_slight_conflicts_are_not_shown_as_strong_ones(result):
+    """What is found on average alone, and is small, has a badge that says so."""
+    words = str(verdicts(result))
+    assert "Slight conflict found" not in words
+    table = result.extra["verdicts"]
+    table = table.assign(slight=table["verdict"] == "found")
+    words = str(verdicts(dataclasses.replace(result, extra={**result.extra, "verdicts": table})))
+    assert words.count("Slight conflict found") == 1
+    assert "verdict found slight" in words

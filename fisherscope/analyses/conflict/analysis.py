@@ -47,7 +47,7 @@ _MODULES = [
     *_PAIR, *KEY, "kind", "size", "share_a", "share_b", "overlap", "overlap_within", *_MAPS, *_VARIANCE,
     "undefined",
 ]  # fmt: skip
-_VERDICTS = [*_PAIR, "verdict", "reason", "pairs", "heads", "samples", "blocks", "detectable"]
+_VERDICTS = [*_PAIR, "verdict", "slight", "reason", "pairs", "heads", "samples", "blocks", "detectable"]
 _SPLIT_LEVELS = ("parameter", "module")
 # Findings on heads that are listed per pair of tasks; all of them are counted.
 _LISTED = 2_000

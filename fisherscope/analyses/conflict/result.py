@@ -29,7 +29,8 @@ class ConflictResult(Result):
 
     ``extra``:
 
-    * "verdicts": per pair of tasks ``verdict`` ("found", "nothing found", "cannot tell"), ``reason``, how
+    * "verdicts": per pair of tasks ``verdict`` ("found", "nothing found", "cannot tell"), whether all
+      that was found is ``slight`` (means above -.05), ``reason``, how
       many pairs, pairs on heads, samples and blocks were found, and the ``detectable`` cosine.
     * "heads": pairs that conflict on a head slice, one row for each slice, with a sentence (``finding``).
     * "levels": per slice, block, layer and over the whole the numbers of

@@ -50,7 +50,7 @@ class Findings:
 
 
 def verdict(study: Study, findings: Findings, a: str, b: str) -> dict[str, Any]:
-    """Columns verdict, reason, pairs, heads, samples, blocks and detectable for a pair of tasks."""
+    """Columns verdict, slight, reason, pairs, heads, samples, blocks, detectable for a pair of tasks."""
     notes = [str(v) for v in study.calibration.verdicts() if not v.calibrated]
     testable = bool(np.isfinite(study.p).any())
     if findings.any:
@@ -66,6 +66,7 @@ def verdict(study: Study, findings: Findings, a: str, b: str) -> dict[str, Any]:
         word, sentences = NOTHING, [sentence]
     return {
         "verdict": word,
+        "slight": findings.any and findings.is_slight,
         "reason": " ".join([*sentences, *(note[0].upper() + note[1:] + "." for note in notes)]),
         "pairs": findings.pairs,
         "heads": findings.heads,
@@ -80,6 +81,7 @@ def nothing_stored(a: str, b: str, empty: list[str]) -> dict[str, Any]:
     names = " and ".join(map(repr, empty))
     return {
         "verdict": UNKNOWN,
+        "slight": False,
         "reason": f"No gradients of {names} are stored, so nothing can be said of {a} and {b}.",
         "pairs": 0,
         "heads": 0,
