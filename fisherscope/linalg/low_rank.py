@@ -59,13 +59,26 @@ class LowRank(Factored):
             empty = [torch.empty(0, rank, size, device=gradient.device) for size in gradient.shape]
             return cls(empty[0], empty[1], torch.empty(0, device=gradient.device))
         left, right, error = (torch.stack(values) for values in zip(*found, strict=True))
-        return cls(left, right, error)
+        rows, columns = _present(gradient)
+        return cls(left * rows, right * columns, error)
 
     @override
     def scaled(self, factors: Tensor) -> LowRank:
         """Scale the smaller of the two factors; relative errors stay."""
         scaled = super().scaled(factors)
         return LowRank(scaled.left, scaled.right, self.error)
+
+
+def _present(gradient: PerSampleGradient) -> tuple[Tensor, Tensor]:
+    """Which rows ``[n, 1, R]`` and columns ``[n, 1, C]`` are not zero throughout.
+
+    Singular vectors have rounding where a gradient has a row of zeros. A head without any gradient would be
+    given one, which is no longer small once it is divided by its own F.
+    """
+    if isinstance(gradient, Factored):
+        return gradient.left.any(1, keepdim=True), gradient.right.any(1, keepdim=True)
+    values = gradient.values if isinstance(gradient, Dense) else gradient.dense()
+    return values.any(2)[:, None], values.any(1)[:, None]
 
 
 def _in_bases(gradient: PerSampleGradient) -> Iterator[tuple[Tensor | None, Tensor, Tensor | None]]:

@@ -116,8 +116,9 @@ def _fit(excess: Values) -> tuple[float, float]:
         found = shape(ratio := np.exp(log_ratio))
         return float(np.log(found / ratio) + found)
 
-    grid = np.log(np.geomspace(1e-3, 30, 30) / mean)
-    losses = [loss(point) for point in grid]
+    ratios = np.geomspace(1e-3, 30, 30) / mean
+    shapes = np.log1p(ratios[:, None] * excess).mean(1)
+    losses, grid = np.log(shapes / ratios) + shapes, np.log(ratios)
     best = int(np.argmin(losses))
     # at the left end the likelihood of the exponential, which is its limit, is no worse
     if best == 0 and losses[0] >= np.log(mean):
