@@ -41,6 +41,15 @@ def test_clusters_are_merged_while_their_mean_cosine_is_above_zero(seed):
         assert found == by_hand(cosine)
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_copies_up_to_rounding_are_one_cluster(seed):
+    """Their cosines come out beyond 1 by rounding; no distance is below 0 for that."""
+    rng = np.random.default_rng(seed)
+    vectors = np.repeat(rng.normal(size=(4, 50)), 5, 0) * rng.uniform(0.5, 2, (20, 1))
+    label = clusters(cosines((vectors.astype(np.float32) @ vectors.astype(np.float32).T).astype(np.float64)))
+    assert all(len(set(part.tolist())) == 1 for part in label.reshape(4, 5))
+
+
 def test_mean_of_different_clusters():
     """Groups that compete, such as labels under a softmax, have a mean below 0."""
     centres = np.eye(4) - 0.25  # four labels: cosines of -1/3

@@ -74,6 +74,48 @@ def test_leaving_a_pair_out_equals_a_dense_inverse_for_each_pair():
             assert abs(found[i, j - 6] - expected) <= 1e-8 * np.abs(found).max()
 
 
+def test_leaving_a_pair_out_of_tasks_of_unequal_size():
+    """Pooled, 5 and 13 samples: F of the other samples, each task's mean over those that are left."""
+    a, b = rows(5, 8), rows(13, 9)
+    h, weights = np.concatenate([a, b]), np.repeat([1 / 8, 1 / 24], [5, 13])
+    lam = damping(h, weights)
+    inside = DampedFisher.of(h @ h.T, weights, SIZE).within(lam)
+    own = inside.diagonal()
+    found = without_pair(inside[:5, 5:], own[:5], own[5:], 1 / 8, 1 / 24)
+    expected = np.empty((5, 13))
+    for i in range(5):
+        for j in range(13):
+            left = np.concatenate([np.delete(a, i, 0), np.delete(b, j, 0)])
+            # 1 / 2 of the mean over 4 and of that over 12
+            expected[i, j] = a[i] @ dense(left, np.repeat([1 / 8, 1 / 24], [4, 12]), lam) @ b[j]
+    close(found, expected)
+
+
+def test_leaving_a_sample_out_where_the_other_is_not_in_fisher():
+    """F of A's samples alone without sample i, against samples of B, which it never had."""
+    a, b = rows(7, 10), rows(11, 11)
+    weights = np.full(7, 1 / 6)
+    lam = damping(a, weights)
+    fisher = DampedFisher.of(a @ a.T, weights, SIZE)
+    found = without_pair(fisher.across(a @ b.T, lam), fisher.within(lam).diagonal(), np.zeros(11), 1 / 6, 0.0)
+    expected = [a[i] @ dense(np.delete(a, i, 0), np.full(6, 1 / 6), lam) @ b.T for i in range(7)]
+    close(found, np.array(expected))
+
+
+def test_leaving_a_pair_of_one_task_out():
+    """A task with itself: F of the n - 2 other samples."""
+    h, weights = rows(9, 12), np.full(9, 1 / 7)
+    lam = damping(h, weights)
+    inside = DampedFisher.of(h @ h.T, weights, SIZE).within(lam)
+    found = without_pair(inside, inside.diagonal(), inside.diagonal(), 1 / 7, 1 / 7)
+    for i in range(9):
+        for j in range(9):
+            if i != j:
+                kept = np.delete(h, [i, j], 0)
+                expected = h[i] @ dense(kept, np.full(7, 1 / 7), lam) @ h[j]
+                assert abs(found[i, j] - expected) <= 1e-8 * np.abs(inside).max()
+
+
 def test_rank_and_eigenvalues_ignore_rounding():
     """Copies of a sample and more samples than entries add no eigenvalue."""
     h = rows(5, 6)

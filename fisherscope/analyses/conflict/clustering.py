@@ -26,7 +26,8 @@ def clusters(cosines: Matrix) -> NDArray[np.int64]:
     n = len(cosines)
     if n < 2:
         return np.zeros(n, np.int64)
-    distance = 1 - centred(cosines)
+    # copies have cosines of 1 up to rounding
+    distance = (1 - centred(cosines)).clip(min=0)
     np.fill_diagonal(distance, 0)
     tree = hierarchy.linkage(squareform(distance, checks=False), method="average")
     # two clusters whose mean cosine is 0 are 1 apart: those that are farther are not merged
