@@ -51,10 +51,11 @@ def calibrate(
     if json:
         typer.echo(json_module.dumps(found.to_json(), indent=2, allow_nan=False))
     else:
-        columns = ["task", "test", "splits", "rejecting", "chance", "calibrated", "samples"]
+        columns = ["task", "test", "splits", "rejecting", "upper", "chance", "calibrated", "samples"]
         rows = found.frame[columns].assign(
+            upper=found.frame["upper"].map("{:.2g}".format),
             chance=found.frame["chance"].map("{:.2g}".format),
-            calibrated=found.frame["calibrated"].map({True: "yes", False: "no"}),
+            calibrated=found.frame["calibrated"].map({True: "yes", False: "no", None: "not tried"}),
         )
         table(str(store), columns, [*rows.itertuples(index=False, name=None)])
         typer.echo(found.summary())

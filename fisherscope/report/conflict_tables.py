@@ -121,7 +121,7 @@ def _clusters(clusters: pd.DataFrame, rows: int) -> Html:
 
 def _members(row: dict[Any, Any]) -> Html:
     """The members of both sides; some of them show before it is opened."""
-    sides = [row["members_a"].split(" "), row["members_b"].split(" ")]
+    sides = [row["members_a"].split("; "), row["members_b"].split("; ")]
     some = "; ".join(" ".join(names[:_MEMBERS]) for names in sides)
     if all(len(names) <= _MEMBERS for names in sides):
         return tag("span", some)
@@ -167,7 +167,7 @@ def _modules(result: ConflictResult, rows: int) -> list[Html]:
 
 def _advice(result: ConflictResult, rows: int) -> list[Html]:
     """The first rows of each recommendation; nothing where nothing was found."""
-    if (result.extra["curriculum"]["degree"] == 0).all() and result.extra["filter"].empty:
+    if (result.extra["reweight"]["weight"] == 1).all() and result.extra["filter"].empty:
         return []
     parts = []
     for key, title in _ADVICE.items():

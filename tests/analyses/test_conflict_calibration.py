@@ -43,7 +43,7 @@ def test_tasks_that_are_too_small_are_not_split():
     assert none.halves == []
     none.take_slice(gram(10), 0.0)
     none.take_whole(gram(10))
-    assert [(v.splits, v.rejecting, v.calibrated) for v in none.verdicts()] == [(0, 0, True)] * 3
+    assert [(v.splits, v.rejecting, v.calibrated) for v in none.verdicts()] == [(0, 0, None)] * 3
     assert "too few samples" in str(none.verdicts()[0])
 
 

@@ -30,7 +30,7 @@ def block(rows, columns):
 
 
 def members(row):
-    return set(row["members_a"].split()), set(row["members_b"].split())
+    return set(row["members_a"].split("; ")), set(row["members_b"].split("; "))
 
 
 def noisy():
@@ -127,7 +127,7 @@ def test_unicode_ids_and_excess_that_is_unknown():
     """Names in any script; a pair without a usable excess is an edge all the same."""
     pairs = pairs_of([(0, 0), (1, 0), (5, 5)], "数学", "código", excess=[np.nan, 0.1, -0.4])
     table = communities(pairs)
-    assert table["members_a"].tolist() == ["数学_0 数学_1", "数学_5"]
+    assert table["members_a"].tolist() == ["数学_0; 数学_1", "数学_5"]
     assert table["members_b"].tolist() == ["código_0", "código_5"]
 
 

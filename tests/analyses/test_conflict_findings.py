@@ -6,11 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import stats
 
 from fisherscope.analyses import AnalyzeConfig, ConflictConfig, run
 from fisherscope.analyses.conflict import (
     adjust,
-    adjust_directional,
     block_test,
     cosines,
     different_cluster_mean,
@@ -169,18 +169,25 @@ def test_a_sentence_for_each_finding(found):
 
 
 def test_samples_are_tested_against_the_other_task(planted, found):
-    """T2 in both directions, corrected together; means with the other and with the own task."""
+    """T2 in both directions, corrected together; opposed only where that is more than to the own task."""
     cross, a, b = grams(planted)
-    p = np.concatenate([sample_test(cross), sample_test(cross.T)])
-    q, direction = adjust_directional(p)
+    below, own = [], []
+    for rows, within in ((cross, a), (cross.T, b)):
+        for i, row in enumerate(rows):
+            others = np.delete(within[i], i)
+            below.append(stats.ttest_ind(row, others, equal_var=False, alternative="less").pvalue)
+            own.append(others.mean())
+    other = np.concatenate([sample_test(cross), sample_test(cross.T)])
+    p = np.maximum(other, below)
+    q = adjust(np.minimum(1, 2 * np.minimum(p, 1 - other)))
     samples = found.extra["samples"]
     assert samples["sample"].tolist() == [f"{t}_{i}" for t in "ab" for i in range(40)]
     assert (samples["task"] + samples["against"]).unique().tolist() == ["ab", "ba"]
     np.testing.assert_allclose(samples["p"], p, rtol=1e-2, atol=1e-12)
     np.testing.assert_allclose(samples["q"], q, rtol=1e-2, atol=1e-12)
-    assert (samples["direction"] == np.where(q <= 0.05, direction, 0)).all()
+    direction = np.where(q <= 0.05, np.where(p < 1 - other, -1, 1), 0)
+    assert (samples["direction"] == direction).all()
     mean = np.concatenate([cross.mean(1), cross.mean(0)])
-    own = np.concatenate([(w.sum(1) - 1) / 39 for w in (a, b)])
     np.testing.assert_allclose(samples["mean_cosine"], mean, atol=1e-5)
     np.testing.assert_allclose(samples["own_cosine"], own, atol=1e-5)
     calls = found.frame[found.frame["found"]]
@@ -394,3 +401,50 @@ def test_small_means_are_called_small(layout, tmp_path):
     assert f"On average a and b oppose each other (mean cosine {whole['mean']:.3f})" in row["reason"]
     assert "These effects are small" in row["reason"]
     assert "Which pairs of samples are in conflict cannot be told" in row["reason"]
+
+
+def test_where_memory_is_short_a_warning_says_what_was_looked_at(planted, monkeypatch):
+    """Fewer heads are found under a small budget, and not in silence."""
+    monkeypatch.setattr("fisherscope.analyses.conflict.head_tests._KEPT_BYTES", 1 << 20)
+    result = analysed(planted.store)
+    assert any("on heads only p-values up to" in note for note in result.warnings)
+
+
+def test_samples_like_one_in_conflict_are_in_none_with_any_task(planted, layout, tmp_path):
+    """With three tasks: what is offered as a pattern conflicts neither here nor there."""
+    tasks = {**planted.tasks, "c": planted.tasks["b"].permuted([*range(6, 40), *range(6)])}
+    result = analysed(write_store(tmp_path / "run.fs", layout, tasks).store, calibration_splits=0)
+    calls = result.frame[result.frame["found"]]
+    opposed = result.extra["samples"].query("direction < 0")["sample"]
+    involved = {*calls["sample_a"], *calls["sample_b"], *opposed}
+    offered = set(result.extra["augment"]["like"]) - {""}
+    assert offered
+    assert not offered & involved
+
+
+def test_samples_that_took_no_part_weigh_one(planted):
+    """Every id of the store has a weight, those beyond max_samples_per_task, too."""
+    result = analysed(planted.store, max_samples_per_task=30, calibration_splits=0)
+    weights = result.extra["reweight"].set_index("sample")["weight"]
+    assert len(weights) == 80
+    assert (weights[[f"a_{i}" for i in range(30, 40)]] == 1).all()
+    assert len(result.files()["weights.jsonl"].splitlines()) == 80
+
+
+def test_lists_for_windows_are_lists_of_samples(planted):
+    """An order without repetition, and patterns that are samples."""
+    result = analysed(planted.store, contribution_averaging_window=2, calibration_splits=0)
+    assert result.extra["curriculum"]["order"].tolist() == list(range(80))
+    known = {f"{t}_{i}" for t in "ab" for i in range(40)}
+    for name in ("filter", "reweight", "curriculum", "augment"):
+        assert set(result.extra[name]["sample"]) <= known
+    assert set(result.extra["augment"]["like"]) <= known | {""}
+
+
+def test_tests_that_were_not_tried_are_not_called_calibrated(layout, tmp_path):
+    """Seven samples cannot be split: no verdict on the tests, and the reason says so."""
+    tasks = {name: noise(layout, name, 7, seed) for name, seed in (("a", 3), ("b", 4))}
+    result = analysed(write_store(tmp_path / "run.fs", layout, tasks).store)
+    assert result.extra["calibration"]["calibrated"].isna().all()
+    assert "not tried on random halves" in result.extra["verdicts"]["reason"].item()
+    assert result.to_json()["tables"]["conflict_calibration"]["rows"][0][-2] is None

@@ -324,3 +324,14 @@ def test_without_a_test_of_conflict_nothing_is_claimed(made, monkeypatch):
     found = run(made.store, ["interference"])["interference"]
     assert found.frame["cosine_q"].isna().all()
     assert any("was not tested" in note and "conflict" in note for note in found.warnings)
+
+
+def test_withheld_q_values_are_said_to_be(made, monkeypatch):
+    """Where the test of means calls too much on random halves, its columns say nothing, and a note why."""
+    from fisherscope.analyses.conflict import calibration
+
+    monkeypatch.setattr(calibration, "block_test", lambda cross, margin: (np.array(-9.0), np.array(1e-9)))
+    found = run(made.store, ["interference"])["interference"]
+    assert found.frame["cosine_q"].isna().all()
+    assert found.frame["cosine_p"].notna().any()
+    assert any("q-values of mean cosines of math and code are withheld" in note for note in found.warnings)

@@ -109,7 +109,8 @@ def calibration_frames():
             bad = (a, b) == NAMES[1:] and test == "pairs"
             verdicts.append({
                 "task_a": a, "task_b": b, "test": test, "splits": 20, "rejecting": 4 if bad else 0,
-                "chance": 0.016 if bad else 1.0, "calibrated": not bad, "samples": 6,
+                "upper": 0.4 if bad else 0.139, "chance": 0.016 if bad else 1.0, "calibrated": not bad,
+                "samples": 6,
             })  # fmt: skip
             counts = np.arange(20) * 3 if not bad else np.full(20, 30)
             bins += [

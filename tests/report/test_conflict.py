@@ -201,10 +201,10 @@ def test_the_calibration_panel_shows_all_p_values_and_the_outcome(result):
         assert np.dot(trace["y"], trace["width"]) == pytest.approx(1, rel=1e-3)
     lines = panels[0].plot["layout"]["shapes"]
     assert [(line["y0"], line["y1"]) for line in lines] == [(1, 1)] * 3
-    assert "pairs 0 of 20, heads 0 of 20, blocks 0 of 20; calibrated here" in panels[0].caption
+    assert "pairs 0 of 20, heads 0 of 20, blocks 0 of 20; nothing speaks against" in panels[0].caption
     assert "The test of pairs called something in 4 of 20" in panels[2].caption
     assert "0.016: its q-values are withheld" in panels[2].caption
-    assert "heads 0 of 20, blocks 0 of 20; calibrated here" in panels[2].caption
+    assert "heads 0 of 20, blocks 0 of 20; nothing speaks against" in panels[2].caption
     assert "withheld" not in outcome(result.extra["calibration"].head(3).to_dict("records"))
 
 
@@ -254,6 +254,7 @@ def test_nothing_found_shows_no_advice():
     result = make_conflict(found=[])
     result.extra["samples"] = result.extra["samples"].assign(direction=0)
     result.extra["filter"] = result.extra["filter"].head(0)
+    result.extra["reweight"] = result.extra["reweight"].assign(weight=1.0)
     tables = tables_of(result)
     assert tables.shown == []
     assert "What to do about it" not in "".join(tables.folded)

@@ -75,7 +75,8 @@ class _Run:
         self.sides = {task: self._side(task) for task, n in self.rows.items() if n}
         self.tables: dict[str, list[pd.DataFrame]] = {}
         self.matrices: dict[tuple[str, str], NDArray[np.float64]] = {}
-        self.neighbours: dict[str, str] = {}
+        self.within: dict[str, NDArray[np.float64]] = {}
+        self.bounds: list[float] = []
 
     def _usable(self, task: str) -> int:
         stored = self.reader.stored(task)
@@ -140,13 +141,10 @@ class _Run:
         self._add("verdicts", pd.DataFrame([verdict(study, findings, a, b)]), a, b)
         if study.cosine.size <= self.config.matrix_limit:
             self.matrices[a, b] = study.cosine
-        for side, within, tests, degree in (
-            (self.sides[a], study.within[0], study.samples[0], frames.found.sum(1)),
-            (self.sides[b], study.within[1], study.samples[1], frames.found.sum(0)),
-        ):
-            conflicted = (degree > 0) | (tests.direction < 0)
-            found = unconflicted_neighbours(side.names, within, conflicted)
-            self.neighbours = {**found, **self.neighbours}
+        for task, within in zip((a, b), study.within, strict=True):
+            self.within.setdefault(task, within)
+        if study.bound is not None:
+            self.bounds.append(study.bound)
 
     def _add(self, name: str, table: pd.DataFrame, a: str, b: str) -> None:
         if "task_a" not in table and name != "samples":
@@ -174,22 +172,42 @@ class _Run:
 
     def _recommended(self, pairs: pd.DataFrame, samples: pd.DataFrame) -> dict[str, pd.DataFrame]:
         """Clusters, and lists of samples for training."""
-        found = recommend(samples, pairs, self.neighbours)
-        if self.config.contribution_averaging_window > 1:
-            found = self._of_samples(found)
+        found = self._of_samples(recommend(samples, pairs, self._neighbours(samples)))
         return {
             "clusters": communities(pairs, self.context.settings.seed),
             **{name: getattr(found, name) for name in ("filter", "reweight", "curriculum", "augment")},
         }
 
+    def _neighbours(self, samples: pd.DataFrame) -> dict[str, str]:
+        """For each sample in conflict with any task the most similar one of its task that is in none."""
+        against = samples[(samples["degree"] > 0) | (samples["direction"] < 0)]["sample"]
+        found: dict[str, str] = {}
+        for task, within in self.within.items():
+            names = self.sides[task].names
+            found |= unconflicted_neighbours(names, within, pd.Series(names).isin(against).to_numpy())
+        return found
+
     def _of_samples(self, found: Recommendations) -> Recommendations:
-        """What is recommended for a window holds for each of its samples."""
+        """What is recommended for a window holds for each of its samples; those left out weigh 1."""
+        if not self.sides:
+            return found
         members = pd.concat([side.members() for side in self.sides.values()])
 
         def each(table: pd.DataFrame) -> pd.DataFrame:
             return table.assign(sample=table["sample"].map(members)).explode("sample", ignore_index=True)
 
-        return replace(found, **{name: each(table) for name, table in vars(found).items()})
+        tables = {name: each(table) for name, table in vars(found).items()}
+        tables["curriculum"]["order"] = np.arange(len(tables["curriculum"]))
+        tables["augment"]["like"] = tables["augment"]["like"].map(
+            lambda name: members[name][0] if name else ""
+        )
+        left = [
+            pd.DataFrame({"task": task, "sample": side.table["id"].iloc[self.rows[task] :], "weight": 1.0})
+            for task, side in self.sides.items()
+            if self.rows[task] < len(side.table)
+        ]
+        tables["reweight"] = pd.concat([tables["reweight"], *left], ignore_index=True)
+        return replace(found, **tables)
 
     def _data(self, levels: pd.DataFrame) -> xr.Dataset:
         tasks = self.context.tasks
@@ -224,6 +242,11 @@ class _Run:
         slices = levels[levels["level"] == "slice"]
         if flat := int(slices["flat"].astype(bool).sum()):
             notes.append(f"{flat} of {len(slices)} slices have F = 0 throughout and no cosines")
+        if self.bounds:
+            notes.append(
+                f"on heads only p-values up to {min(self.bounds):.2g} were looked at, for want of memory: "
+                "raise memory_budget to find what is less certain"
+            )
         if not self.config.calibration_splits:
             notes.append("the tests were not tried on random halves of the tasks (calibration_splits=0)")
         return notes
@@ -235,12 +258,14 @@ def _count(levels: pd.DataFrame, frames: PairFrames, samples: pd.DataFrame, head
     number, mean = against.size(), against.mean()
     sides = [frames.first.task, frames.second.task]
     slices = called[called["level"] == "slice"]["mean"]
+    whole = float(called[called["level"] == "whole"]["mean"].min())
     return Findings(
         pairs=int(frames.found.sum()),
         heads=len(heads[["sample_a", "sample_b"]].drop_duplicates()),
         samples=(int(number.get(sides[0], 0)), int(number.get(sides[1], 0))),
         opposed=(float(mean.get(sides[0], np.nan)), float(mean.get(sides[1], np.nan))),
+        corroborated=tuple(tests.corroborated or not np.isnan(whole) for tests in frames.study.samples),
         blocks=len(slices),
         lowest=float(slices.min()),
-        whole=float(called[called["level"] == "whole"]["mean"].min()),
+        whole=whole,
     )

@@ -29,14 +29,15 @@ class CalibrationResult(Result):
     """The conflict tests on random halves of single tasks.
 
     ``frame``: task, test ("pairs", "heads", "blocks"), splits, rejecting (splits in which the test called
-    anything), chance (of so many if the test keeps its level), calibrated, samples (on a side).
+    anything), upper (95 % bound of their share), chance (of so many if the test keeps its level), calibrated
+    (None where it was not tried), samples (on a side).
     ``extra["p"]``: the p-values of all splits in bins: task, test, low, high, count.
     """
 
     @property
     def calibrated(self) -> bool:
         """Whether no test calls too much."""
-        return bool(self.frame["calibrated"].all())
+        return not self.frame["calibrated"].eq(False).any()
 
     @override
     def top(self, k: int = 10) -> pd.DataFrame:
@@ -56,7 +57,7 @@ class CalibrationResult(Result):
                 f"({row['samples']} samples a side)"
             )
             if row["calibrated"]:
-                lines.append(f"{told}.")
+                lines.append(f"{told}: in at most {row['upper']:.0%} of them, with 95 % confidence.")
             else:
                 lines.append(
                     f"{told}; the probability of so many is {row['chance']:.2g} if q-values hold what they "
@@ -116,7 +117,7 @@ def calibrate(
             tables.append(table)
     return CalibrationResult(
         name="calibrate",
-        config={**asdict(settings.conflict), "calibration_splits": splits, "fisher_pool": "per_task"},
+        config={**asdict(settings.conflict), "calibration_splits": splits},
         frame=_together(frames, ["task", *COLUMNS]),
         extra={"p": _together(histograms, ["task", *HISTOGRAM])},
     )

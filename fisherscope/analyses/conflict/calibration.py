@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -14,12 +15,12 @@ from fisherscope.analyses.conflict.block_test import block_test
 from fisherscope.analyses.conflict.corrections import Correction, adjust
 from fisherscope.analyses.conflict.cosines import cosines
 from fisherscope.analyses.conflict.group_test import CauchySum
+from fisherscope.analyses.conflict.inputs import COPIES
 from fisherscope.analyses.conflict.pair_test import LEAST_SAMPLES, pair_test
 
 Values = NDArray[np.float64]
 
-TESTS = ("pairs", "heads", "blocks")
-COLUMNS = ["test", "splits", "rejecting", "chance", "calibrated", "samples"]
+COLUMNS = ["test", "splits", "rejecting", "upper", "chance", "calibrated", "samples"]
 HISTOGRAM = ["test", "low", "high", "count"]
 
 # From this probability on as many rejecting splits are taken for chance.
@@ -29,6 +30,7 @@ _DOUBT = 0.05
 _MOST_PER_SLICE = 64
 _SHARE_OF_SPLITS = 0.5
 _BINS = 20
+_EDGES = np.linspace(0, 1, _BINS + 1)
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,21 @@ class Verdict:
         return float(stats.binom.sf(self.rejecting - 1, self.splits, self.level)) if self.splits else 1.0
 
     @property
-    def calibrated(self) -> bool:
-        """Whether its q-values may be shown."""
-        return self.chance >= _DOUBT
+    def upper(self) -> float:
+        """Upper 95 % bound of the share of splits in which it calls something (Clopper and Pearson 1934)."""
+        if self.rejecting == self.splits:
+            return 1.0
+        return float(stats.beta.ppf(0.95, self.rejecting + 1, self.splits - self.rejecting))
+
+    @property
+    def withheld(self) -> bool:
+        """Whether its q-values must not be shown."""
+        return self.chance < _DOUBT
+
+    @property
+    def calibrated(self) -> bool | None:
+        """Whether nothing speaks against its q-values; None where it was not tried."""
+        return not self.withheld if self.splits else None
 
     def __str__(self) -> str:
         if not self.splits:
@@ -92,12 +106,29 @@ class Verdict:
             f"the test of {self.test} called something in {self.rejecting} of {self.splits} random splits of "
             "single tasks, where nothing is to be found"
         )
-        if self.calibrated:
-            return told
-        return (
-            f"{told}: so many have a probability of {self.chance:.2g} if q-values held what they promise, so "
-            "they are withheld. (The splits share samples, and a side has half of a task's)"
-        )
+        if self.withheld:
+            return (
+                f"{told}: so many have a probability of {self.chance:.2g} if q-values held what they "
+                "promise, so they are withheld. (The splits share samples, and a side has half of a task's)"
+            )
+        if stats.binom.sf(self.splits - 1, self.splits, self.level) >= _DOUBT:
+            return f"{told}; so few splits can show nothing"
+        return f"{told} (at most {self.upper:.0%} of splits, with 95 % confidence)"
+
+
+@dataclass
+class _Tried:
+    """P-values of one test, split by split, of which the bins alone are kept."""
+
+    splits: int = 0
+    rejecting: int = 0
+    counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(_BINS, np.int64))
+
+    def note(self, p: Values, level: float, method: Correction) -> None:
+        """Add the p-values of a split."""
+        self.splits += 1
+        self.rejecting += bool((adjust(p, method) <= level).any())
+        self.counts += np.histogram(p, bins=_EDGES)[0]
 
 
 @dataclass
@@ -118,17 +149,16 @@ class Calibration:
     halves: list[Half]
     level: float
     method: Correction
-    _p: dict[str, list[list[Values]]] = field(init=False)
-    _sums: list[CauchySum] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._p = {test: [[] for _ in self.halves] for test in TESTS}
         sides = [
-            (min(len(h.first), _MOST_PER_SLICE), min(len(h.second), _MOST_PER_SLICE)) for h in self.halves
+            (min(len(half.first), _MOST_PER_SLICE), min(len(half.second), _MOST_PER_SLICE))
+            for half in self.halves
         ]
-        tried = math.ceil(_SHARE_OF_SPLITS * len(sides))
-        self._sums = [CauchySum(side) for side in sides[:tried]]
-        self._tested = [0] * tried
+        self._pairs = _Tried()
+        self._sums = [CauchySum(side) for side in sides[: math.ceil(_SHARE_OF_SPLITS * len(sides))]]
+        self._tested = [0] * len(self._sums)
+        self._blocks: list[list[float]] = [[] for _ in self.halves]
 
     @classmethod
     def draw(
@@ -162,7 +192,7 @@ class Calibration:
             cross = half.cross(cosine)
             if min(cross.shape) > 1:
                 _, p = block_test(cross, margin=0.0 if np.isnan(margin) else margin)
-                self._p["blocks"][split].append(np.atleast_1d(p))
+                self._blocks[split].append(float(p))
             if split < len(self._sums):
                 self._take_heads(split, half, cosine)
 
@@ -179,46 +209,46 @@ class Calibration:
         if not self.halves:
             return
         cosine = cosines(gram)
-        for split, half in enumerate(self.halves):
+        for half in self.halves:
             parts = half.cosines(cosine)
             if min(parts[0].shape) >= LEAST_SAMPLES and _differ(parts):
-                self._p["pairs"][split].append(pair_test(*parts).ravel())
+                self._pairs.note(pair_test(*parts).ravel(), self.level, self.method)
+
+    @cached_property
+    def _tried(self) -> dict[str, _Tried]:
+        """What came of each test; to be asked for when all has been taken."""
+        heads, blocks = _Tried(), _Tried()
+        for total, tested in zip(self._sums, self._tested, strict=True):
+            if tested:
+                heads.note(total.combined().ravel(), self.level, self.method)
+        for p in self._blocks:
+            if p:
+                blocks.note(np.array(p), self.level, self.method)
+        return {"pairs": self._pairs, "heads": heads, "blocks": blocks}
 
     def verdicts(self) -> list[Verdict]:
-        """One for each test."""
-        return [self._verdict(test) for test in TESTS]
+        """One for each test, when all has been taken."""
+        samples = min((min(len(half.first), len(half.second)) for half in self.halves), default=0)
+        found = []
+        for test, tried in self._tried.items():
+            most = min(samples, _MOST_PER_SLICE) if test == "heads" else samples
+            found.append(Verdict(test, tried.splits, tried.rejecting, self.level, most))
+        return found
 
     def histogram(self) -> pd.DataFrame:
         """The p-values of all splits in bins: columns test, low, high, count."""
-        edges = np.linspace(0, 1, _BINS + 1)
-        frames = []
-        for test in TESTS:
-            values = self._values(test)
-            counts, _ = np.histogram(np.concatenate(values) if values else [], bins=edges)
-            frames.append(pd.DataFrame({"test": test, "low": edges[:-1], "high": edges[1:], "count": counts}))
+        frames = [
+            pd.DataFrame({"test": test, "low": _EDGES[:-1], "high": _EDGES[1:], "count": tried.counts})
+            for test, tried in self._tried.items()
+        ]
         return pd.concat(frames, ignore_index=True)[HISTOGRAM]
 
     def frame(self) -> pd.DataFrame:
-        """The verdicts: columns test, splits, rejecting, chance, calibrated, samples."""
-        rows = [{**vars(v), "chance": v.chance, "calibrated": v.calibrated} for v in self.verdicts()]
-        return pd.DataFrame(rows, columns=COLUMNS)
-
-    def _verdict(self, test: str) -> Verdict:
-        values = self._values(test)
-        rejecting = sum(bool((adjust(p, self.method) <= self.level).any()) for p in values)
-        sides = [min(len(half.first), len(half.second)) for half in self.halves]
-        samples = min(sides, default=0)
-        most = min(samples, _MOST_PER_SLICE) if test == "heads" else samples
-        return Verdict(test, len(values), rejecting, self.level, most)
-
-    def _values(self, test: str) -> list[Values]:
-        """All p-values of each split in which the test could be tried."""
-        if test == "heads":
-            pairs = zip(self._sums, self._tested, strict=True)
-            return [total.combined().ravel() for total, tested in pairs if tested]
-        return [np.concatenate(parts) for parts in self._p[test] if parts]
+        """The verdicts: columns test, splits, rejecting, upper, chance, calibrated, samples."""
+        rows = [{name: getattr(verdict, name) for name in COLUMNS} for verdict in self.verdicts()]
+        return pd.DataFrame(rows, columns=COLUMNS).astype({"calibrated": object})
 
 
 def _differ(parts: tuple[Values, Values, Values]) -> bool:
     """Whether the samples of both halves are more than copies of one."""
-    return all(within.min() < 1 - 1e-9 for within in parts[1:])
+    return all(within.min() < 1 - COPIES for within in parts[1:])

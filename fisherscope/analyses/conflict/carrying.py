@@ -9,9 +9,11 @@ import pandas as pd
 
 from fisherscope.analyses.config import ConflictConfig
 from fisherscope.analyses.conflict.frames import ENDS
+from fisherscope.analyses.conflict.position_factors import shared_side
 from fisherscope.analyses.conflict.positions import carrying_positions_of_pairs
 from fisherscope.analyses.context import Context
 from fisherscope.analyses.slices import stored_blocks
+from fisherscope.errors import MemoryBudgetError
 from fisherscope.store import ContributionStore
 
 POSITIONS = [*ENDS, "side", "position", "token", "contribution"]
@@ -26,7 +28,7 @@ def look_into(
     """Divide the cosines of the first found pairs of each two tasks among their positions.
 
     Nothing is done where gradients are not stored as factors, where the metric is not the pooled one of
-    contributions (or Euclidean), or beyond some seconds of work.
+    contributions (or Euclidean), in encoder-decoders, or beyond some seconds of work or the memory.
 
     Args:
         store: an open store.
@@ -41,13 +43,16 @@ def look_into(
     chosen = _affordable(store, pairs, config) if _applies(store, config) else pairs.iloc[:0]
     if chosen.empty:
         return pairs, pd.DataFrame(columns=POSITIONS)
-    views = carrying_positions_of_pairs(
-        store,
-        [*zip(chosen["sample_a"], chosen["sample_b"], strict=True)],
-        config=config,
-        seed=context.settings.seed,
-        memory_budget=context.memory_budget,
-    )
+    try:
+        views = carrying_positions_of_pairs(
+            store,
+            [*zip(chosen["sample_a"], chosen["sample_b"], strict=True)],
+            config=config,
+            seed=context.settings.seed,
+            memory_budget=context.memory_budget,
+        )
+    except MemoryBudgetError:  # as beyond so much work: carrying_positions says what it would take
+        return pairs, pd.DataFrame(columns=POSITIONS)
     pairs = pairs.copy()
     pairs.loc[chosen.index, "cosine_low"] = [view.low for view in views]
     pairs.loc[chosen.index, "cosine_high"] = [view.high for view in views]
@@ -59,7 +64,12 @@ def look_into(
 def _applies(store: ContributionStore, config: ConflictConfig) -> bool:
     """Whether positions divide the very cosines of the pairs, without a model."""
     pooled = config.fisher_pool == "pooled" and config.fisher_weighting == "contribution"
-    parameters = {block.partition.parameter for block in stored_blocks(store)}
+    blocks = stored_blocks(store)
+    parameters = {block.partition.parameter for block in blocks}
+    try:
+        shared_side(store, blocks)
+    except ValueError:  # positions of an encoder are not those of its decoder
+        return False
     return (
         (pooled or config.metric == "euclidean")
         and config.contribution_averaging_window == 1

@@ -44,7 +44,7 @@ def communities(pairs: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     Returns:
         One row per cluster, by pair of tasks, most pairs first: task_a, task_b, cluster (0, 1, ...),
         samples_a, samples_b (how many), pairs (found inside), density = pairs / (samples_a samples_b),
-        mean_cosine (of these pairs), members_a, members_b (ids, a space between two). Found pairs between
+        mean_cosine (of these pairs), members_a, members_b (ids, with "; " between two). Found pairs between
         clusters are in none.
     """
     found = pairs[pairs["found"].astype(bool)].sort_values(["task_a", "task_b", "sample_a", "sample_b"])
@@ -76,8 +76,8 @@ def _clusters(pairs: pd.DataFrame, seed: int) -> list[dict[str, Any]]:
             "pairs": count,
             "density": count / (len(a) * len(b)) if len(a) and len(b) else np.nan,
             "mean_cosine": float(cosine[here].mean()) if count else np.nan,
-            "members_a": " ".join(a),
-            "members_b": " ".join(b),
+            "members_a": "; ".join(a),
+            "members_b": "; ".join(b),
         })  # fmt: skip
     rows.sort(key=lambda row: (-row["pairs"], row["members_a"], row["members_b"]))
     return [{"cluster": number, **row} for number, row in enumerate(rows)]

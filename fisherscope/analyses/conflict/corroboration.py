@@ -55,6 +55,19 @@ def corroboration(
     return float(np.exp(highest))
 
 
+def sign_capital(below: NDArray[np.bool_]) -> float:
+    """The same for signs that are independent, each below with probability of at most 1/2.
+
+    Args:
+        below: in the order in which they are bet on, of at most 100 the first.
+
+    Returns:
+        The largest capital along the way, from 1 on: about 25 for five below at the very top, 47 for six.
+    """
+    gains = np.where(below[:_MOST], np.log(1 + _BET), np.log(1 - _BET))
+    return float(np.exp(np.cumsum(gains).max(initial=0.0)))
+
+
 def _disjoint(first: NDArray[np.int64], second: NDArray[np.int64], samples: int) -> Iterator[tuple[int, int]]:
     """Pairs in order, without those that share a sample with an earlier one."""
     free = np.ones(samples, bool)

@@ -8,16 +8,17 @@ from numpy.typing import NDArray
 from fisherscope.analyses.conflict.pair_test import PairStatistics
 from fisherscope.analyses.conflict.tail import tail_p_values
 
-# What is supposed: this share of all pairs in conflict, and at least so many as corroborate each other.
-_SHARE, _FEWEST = 0.003, 5
+# What is supposed: this share of all pairs in conflict, at least so many as corroborate each other, of which
+# this share is to be found.
+_SHARE, _FEWEST, _POWER = 0.003, 10, 0.8
 
 
 def detectable_cosine(cross: NDArray[np.float64], statistics: PairStatistics, level: float) -> float:
-    """The cosine from which on typical pairs would be called, if 0.3 % of all pairs were like that.
+    """The cosine at which four of five pairs would be called, if 0.3 % of all pairs (or ten) were like that.
 
-    It tells "nothing found" from "nothing could have been found": below the reference values of noisy or few
-    samples no cosine of more than -1 reaches. The mirror and other corrections than Benjamini-Hochberg may
-    ask for more.
+    It tells "nothing found" from "nothing could have been found": where the noise of single tasks is wide no
+    cosine of more than -1 stands out. A rough figure, on the scales of the pairs that there are, for
+    Benjamini-Hochberg.
 
     Args:
         cross: cosines ``[n_a, n_b]``.
@@ -30,10 +31,22 @@ def detectable_cosine(cross: NDArray[np.float64], statistics: PairStatistics, le
     present = cross != 0
     if not present.any():
         return float("nan")
-    # z = cosine x scale of the pair
-    scale = float(np.median(statistics.z[present] / cross[present]))
     grid = np.linspace(-1, 0, 201)
-    p = tail_p_values(-statistics.reference, -scale * grid, len(statistics.reference), extrapolate=True)
+    p = np.maximum(
+        tail_p_values(
+            -statistics.reference, -_low_scale(statistics.z, cross, present) * grid, len(statistics.reference)
+        ),
+        tail_p_values(
+            statistics.mirrored[statistics.mirrored > 0],
+            -_low_scale(statistics.mirrored, cross, present) * grid,
+            statistics.mirrored.size,
+        ),
+    )
     alike = max(_FEWEST, _SHARE * cross.size)
-    called = grid[p <= level * alike / cross.size]
+    called = grid[p <= level * _POWER * alike / cross.size]
     return float(called.max()) if len(called) else float("nan")
+
+
+def _low_scale(z: NDArray[np.float64], cross: NDArray[np.float64], present: NDArray[np.bool_]) -> float:
+    """What makes z of a cosine, for a pair with louder samples than most."""
+    return float(np.quantile(z[present] / cross[present], 1 - _POWER))

@@ -111,7 +111,7 @@ class PairFrames:
     withheld: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        self.withheld = not self.study.verdict("pairs").calibrated
+        self.withheld = self.study.verdict("pairs").withheld
 
     @cached_property
     def found(self) -> NDArray[np.bool_]:
@@ -158,7 +158,7 @@ class PairFrames:
         cosine = self.study.lowest.cosine[i, j].astype(np.float64)
         q = np.full(len(i), np.nan)
         called = self.study.called
-        if called is not None and self._heads_calibrated:
+        if called is not None and self._heads_shown:
             number = {(a, b): k for k, (a, b) in enumerate(zip(i.tolist(), j.tolist(), strict=True))}
             # calls of a pair come with the smallest p first
             for k in reversed(range(len(called.row))):
@@ -168,13 +168,13 @@ class PairFrames:
         return place, cosine, q
 
     @property
-    def _heads_calibrated(self) -> bool:
-        return self.study.verdict("heads").calibrated
+    def _heads_shown(self) -> bool:
+        return not self.study.verdict("heads").withheld
 
     def heads(self) -> pd.DataFrame:
         """Pairs that conflict on a head slice, one row for each, smallest p first; without a sentence."""
         called = self.study.called
-        if called is None or not self._heads_calibrated:
+        if called is None or not self._heads_shown:
             return pd.DataFrame(columns=HEADS[:-1])
         kept = np.flatnonzero(~(called.cosine - called.reference > -self.config.min_effect_size))
         kept = kept[np.lexsort([called.cosine[kept], called.slice_p[kept]])]
@@ -213,7 +213,7 @@ class PairFrames:
         frame = pd.DataFrame(self.study.rows)
         frame.insert(0, "task_a", self.first.task)
         frame.insert(1, "task_b", self.second.task)
-        if not self.study.verdict("blocks").calibrated:
+        if self.study.verdict("blocks").withheld:
             frame["q"] = np.nan
         return frame
 

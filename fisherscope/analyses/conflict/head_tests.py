@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from fisherscope.analyses.conflict.corrections import Correction, adjust
 from fisherscope.analyses.conflict.cosines import Blocks
 from fisherscope.analyses.conflict.group_test import CauchySum, adjust_few
+from fisherscope.analyses.conflict.inputs import COPIES
 from fisherscope.analyses.conflict.pair_test import LEAST_SAMPLES, pair_test
 
 Values = NDArray[np.float64]
@@ -88,6 +89,11 @@ class HeadTests:
         while self._entries * _KEPT_BYTES > self.budget and self._entries:
             self._narrow()
 
+    @property
+    def bound(self) -> float | None:
+        """The largest p-value of a slice that was kept, where memory was short; else None."""
+        return self._reach if self._reach < self.level else None
+
     def _narrow(self) -> None:
         self._reach /= 2
         kept = [(n, places, p, cosine, r, p <= self._reach) for n, places, p, cosine, r in self._kept]
@@ -123,4 +129,4 @@ def testable(blocks: Blocks) -> bool:
     """Whether the pair test applies: enough samples, and not all copies of one."""
     if blocks.smallest < LEAST_SAMPLES:
         return False
-    return all(within.min() < 1 - 1e-9 for within in (blocks.within_a, blocks.within_b))
+    return all(within.min() < 1 - COPIES for within in (blocks.within_a, blocks.within_b))

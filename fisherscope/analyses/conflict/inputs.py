@@ -7,6 +7,9 @@ from numpy.typing import ArrayLike, NDArray
 
 Matrix = NDArray[np.float64]
 
+# Samples with cosines above 1 - this are copies of each other, up to rounding.
+COPIES = 1e-5
+
 # How far a Gram matrix may be from symmetric, and a cosine beyond 1: rounding of float32 products.
 _ROUNDING = 1e-4
 

@@ -107,7 +107,8 @@ def pair_test(cross: ArrayLike, within_a: ArrayLike, within_b: ArrayLike) -> Mat
         p ``[n_a, n_b]`` float64, in (0, 1]: to be corrected for the number of pairs
         (:func:`~fisherscope.analyses.conflict.corrections.adjust`). With fewer than 5 samples of a task, or
         fewer than about 15 of both, p never goes beyond the ranks: it is at least 1 / (1 + reference pairs),
-        valid for each pair, but too coarse to survive a correction unless many pairs are in conflict.
+        valid for each pair, but too coarse to survive a correction unless many pairs are in conflict, or one
+        task has so many samples that there are far more reference pairs than pairs across.
 
     Raises:
         ValueError: NaN, shapes that do not fit, fewer than 4 samples of a task, a sample without a gradient,

@@ -9,6 +9,8 @@ from scipy import stats
 from fisherscope.analyses.conflict.inputs import finite
 
 _SMALLEST = 1e-300
+# Copies of a sample have cosines that differ by the rounding of float32 products.
+_ROUNDING = 1e-5
 
 
 def sample_test(cross: ArrayLike) -> NDArray[np.float64]:
@@ -23,9 +25,10 @@ def sample_test(cross: ArrayLike) -> NDArray[np.float64]:
         cross: cosines ``[n_a, n_b]``, or ``[..., n_a, n_b]`` for several slices. Multiples give the same.
 
     Returns:
-        p ``[..., n_a]`` float64, in (0, 1]. With few columns p is valid but can only be small for effects
-        that are large beside the spread; a row without any spread gets 1, since copies are no independent
-        draws. Near copies among the columns make p too small: leave them out first.
+        p ``[..., n_a]`` float64, in (0, 1]. Where columns fall into a few classes (labels of a softmax), some
+        20 of them are needed: a class may be missing among fewer, and all rows of another class are then
+        called together. A row without any spread gets 1, since copies are no independent draws. Near copies
+        among the columns make p too small: leave them out first.
 
     Raises:
         ValueError: NaN, wrong shape, or fewer than 2 columns, which leave no measure of spread.
@@ -39,7 +42,10 @@ def sample_test(cross: ArrayLike) -> NDArray[np.float64]:
         )
     mean = values.mean(-1)
     error = values.std(-1, ddof=1) / np.sqrt(n)
-    # copies differ by rounding only
-    spread = error > 1e-12 * np.abs(values).max(-1)
-    t = np.divide(mean, error, out=np.full_like(mean, np.inf), where=spread)
+    t = np.divide(mean, error, out=np.full_like(mean, np.inf), where=varies(values))
     return np.asarray(np.clip(stats.t.cdf(t, n - 1), _SMALLEST, 1))
+
+
+def varies(cross: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Whether the entries of a row differ by more than rounding, ``[..., n_a]``."""
+    return np.asarray(cross.std(-1) > _ROUNDING * np.abs(cross).max(-1, initial=0.0))

@@ -10,18 +10,16 @@ from numpy.typing import NDArray
 
 from fisherscope.analyses.config import ConflictConfig
 from fisherscope.analyses.conflict.calibration import Calibration, Verdict
-from fisherscope.analyses.conflict.corrections import adjust, adjust_directional
+from fisherscope.analyses.conflict.corrections import adjust
 from fisherscope.analyses.conflict.cosines import Blocks, cosines
 from fisherscope.analyses.conflict.detectable import detectable_cosine
 from fisherscope.analyses.conflict.grams import Gram, GramStream, Place
 from fisherscope.analyses.conflict.head_tests import Called, HeadTests, testable
 from fisherscope.analyses.conflict.levels import Level
 from fisherscope.analyses.conflict.pair_test import pair_statistics
-from fisherscope.analyses.conflict.sample_test import sample_test
+from fisherscope.analyses.conflict.sample_tests import SampleTests, samples_against_tasks
 
 Values = NDArray[np.float64]
-
-_FEWEST_COLUMNS = 4
 
 
 @dataclass
@@ -50,24 +48,6 @@ class Lowest:
 
 
 @dataclass
-class SampleTests:
-    """Each sample of one task against another task as a whole.
-
-    Attributes:
-        mean: mean cosine with the other task ``[n]``; NaN where the sample has no gradient.
-        own: mean cosine with the other samples of its own task ``[n]``.
-        p, q: of the test; NaN where it could not be made.
-        direction: -1 where it is called to oppose the other task, 1 where it agrees with it, else 0.
-    """
-
-    mean: Values
-    own: Values
-    p: Values
-    q: Values
-    direction: NDArray[np.int64]
-
-
-@dataclass
 class Study:
     """What was found for one pair of tasks.
 
@@ -84,6 +64,7 @@ class Study:
         p, q: of the pair test ``[n_a, n_b]``; NaN where it could not be made.
         detectable: see :func:`~fisherscope.analyses.conflict.detectable.detectable_cosine`.
         called: pairs that conflict in some head, and where.
+        bound: the largest p-value on a slice that was looked at for that, where memory was short.
         samples: of both tasks.
         within: cosines over all attention weights within each task, ``[n_a, n_a]`` and ``[n_b, n_b]``.
     """
@@ -100,6 +81,7 @@ class Study:
     q: Values = field(init=False)
     detectable: float = float("nan")
     called: Called | None = None
+    bound: float | None = None
     samples: tuple[SampleTests, SampleTests] = field(init=False)
     within: tuple[Values, Values] = field(init=False)
     lowest: Lowest = field(init=False)
@@ -118,7 +100,7 @@ class Study:
                 self._take_whole(gram, blocks)
         for place, gram in stream.parameters():
             self._note(place, gram)
-        self.called = self._heads.called()
+        self.called, self.bound = self._heads.called(), self._heads.bound
         self._correct_levels()
 
     def verdict(self, test: str) -> Verdict:
@@ -149,27 +131,10 @@ class Study:
             self.p = blocks.spread(p, fill=np.nan)
             self.q = blocks.spread(adjust(p, self.config.correction), fill=np.nan)
             self.detectable = detectable_cosine(blocks.cross, statistics, self.config.level)
-        self.samples = self._test_samples(blocks)
-        self.calibration.take_whole(gram)
-
-    def _test_samples(self, blocks: Blocks) -> tuple[SampleTests, SampleTests]:
-        """Both directions, corrected together."""
-        sides = (
-            (blocks.kept_a, blocks.cross, blocks.within_a),
-            (blocks.kept_b, blocks.cross.T, blocks.within_b),
+        self.samples = samples_against_tasks(
+            blocks, self.config.level, self.config.correction, self.config.min_effect_size
         )
-        enough = blocks.smallest >= _FEWEST_COLUMNS
-        p = [sample_test(cross) if enough else np.full(len(cross), np.nan) for _, cross, _ in sides]
-        together = np.concatenate(p)
-        q, direction = together, np.zeros(len(together), np.int64)
-        if enough:
-            q, direction = adjust_directional(together, self.config.correction)
-            direction = np.where(q <= self.config.level, direction, 0)
-        found = []
-        for start, (kept, cross, within) in zip((0, len(p[0])), sides, strict=True):
-            here = slice(start, start + len(cross))
-            found.append(_of_all(kept, cross, within, together[here], q[here], direction[here]))
-        return found[0], found[1]
+        self.calibration.take_whole(gram)
 
     def _correct_levels(self) -> None:
         """Correct the tests of means over all places of one level."""
@@ -180,21 +145,3 @@ class Study:
                     rows, adjust([row["p"] for row in rows], self.config.correction), strict=True
                 ):
                     row["q"] = float(q)
-
-
-def _of_all(
-    kept: NDArray[np.bool_], cross: Values, within: Values, p: Values, q: Values, direction: NDArray[np.int64]
-) -> SampleTests:
-    """Numbers of the samples with a gradient, as those of all samples of a task."""
-
-    def full(values: Values) -> Values:
-        found = np.full(len(kept), np.nan)
-        found[kept] = values
-        return found
-
-    mean = cross.mean(1) if cross.size else np.full(len(cross), np.nan)
-    # the cosine of a sample with itself is 1
-    own = (within.sum(1) - 1) / (len(within) - 1) if len(within) > 1 else np.full(len(within), np.nan)
-    signs = np.zeros(len(kept), np.int64)
-    signs[kept] = direction
-    return SampleTests(full(mean), full(own), full(p), full(q), signs)

@@ -24,6 +24,8 @@ class Findings:
         heads: pairs that are called on some head slice.
         samples: samples of either task that oppose the other as a whole.
         opposed: their mean cosine with it; NaN where there are none.
+        corroborated: whether they are more than half of a symmetric spread, or the tasks oppose each other
+            on average.
         blocks: head slices on which the mean cosine is below the margin.
         lowest: the lowest of these means; NaN where there are none.
         whole: mean cosine over all attention weights, where it is below the margin; else NaN.
@@ -33,6 +35,7 @@ class Findings:
     heads: int
     samples: tuple[int, int]
     opposed: tuple[float, float]
+    corroborated: tuple[bool, ...]
     blocks: int
     lowest: float
     whole: float
@@ -40,18 +43,22 @@ class Findings:
     @property
     def any(self) -> bool:
         """Whether anything was found."""
-        return bool(self.pairs or self.heads or any(self.samples) or self.blocks or not np.isnan(self.whole))
+        samples = any(n and sure for n, sure in zip(self.samples, self.corroborated, strict=True))
+        return bool(self.pairs or self.heads or samples or self.blocks or not np.isnan(self.whole))
 
     @property
     def is_slight(self) -> bool:
         """Whether all that was found are means, and none of them is below -.05."""
-        means = [*self.opposed, self.lowest, self.whole]
+        opposed = [mean for mean, sure in zip(self.opposed, self.corroborated, strict=True) if sure]
+        means = [*opposed, self.lowest, self.whole]
         return not self.pairs and not self.heads and not any(mean < _SLIGHT for mean in means)
 
 
 def verdict(study: Study, findings: Findings, a: str, b: str) -> dict[str, Any]:
     """Columns verdict, slight, reason, pairs, heads, samples, blocks, detectable for a pair of tasks."""
-    notes = [str(v) for v in study.calibration.verdicts() if not v.calibrated]
+    calibration = study.calibration.verdicts()
+    notes = [str(v) for v in calibration if v.withheld]
+    untried = [] if any(v.splits for v in calibration) else [_UNTRIED]
     testable = bool(np.isfinite(study.p).any())
     if findings.any:
         word, sentences = FOUND, _found(study, findings, a, b)
@@ -59,21 +66,42 @@ def verdict(study: Study, findings: Findings, a: str, b: str) -> dict[str, Any]:
         word, sentences = UNKNOWN, [] if notes else [_no_pairs(study)]
     else:
         sentence = (
-            f"No test found a conflict between {a} and {b}. If 3 in 1,000 pairs of samples had a cosine "
-            f"below about {study.detectable:.2f}, they would have been called; fewer than five such pairs "
-            "never are."
+            f"No test found a conflict between {a} and {b}. Several pairs of samples with a cosine below "
+            f"about {study.detectable:.2f} would most likely have been found; weaker ones, or one or two, "
+            "may be there."
         )
         word, sentences = NOTHING, [sentence]
     return {
         "verdict": word,
         "slight": findings.any and findings.is_slight,
-        "reason": " ".join([*sentences, *(note[0].upper() + note[1:] + "." for note in notes)]),
+        "reason": " ".join([*sentences, *_one_sided(findings, a, b), *_as_sentences(notes), *untried]),
         "pairs": findings.pairs,
         "heads": findings.heads,
         "samples": sum(findings.samples),
         "blocks": findings.blocks,
         "detectable": study.detectable,
     }
+
+
+_UNTRIED = (
+    "The tests were not tried on random halves of the tasks, so that nothing vouches for them here: that "
+    "takes eight samples of one task."
+)
+
+
+def _as_sentences(notes: list[str]) -> list[str]:
+    return [f"{note[0].upper()}{note[1:]}." for note in notes]
+
+
+def _one_sided(findings: Findings, a: str, b: str) -> list[str]:
+    """Samples that oppose the other task where as many agree with it."""
+    sides = zip(findings.samples, findings.corroborated, (a, b), (b, a), strict=True)
+    return [
+        f"{_count(count, 'sample')} of {one} lean{'s' if count == 1 else ''} against {other}, but others "
+        "lean towards it as far: that is no conflict of the tasks."
+        for count, sure, one, other in sides
+        if count and not sure
+    ]
 
 
 def nothing_stored(a: str, b: str, empty: list[str]) -> dict[str, Any]:
@@ -99,8 +127,9 @@ def _found(study: Study, findings: Findings, a: str, b: str) -> list[str]:
         )
     if findings.heads:
         sentences.append(f"{_count(findings.heads, 'pair')} conflict on some head.")
-    for count, mean, one, other in zip(findings.samples, findings.opposed, (a, b), (b, a), strict=True):
-        if count:
+    sides = zip(findings.samples, findings.opposed, findings.corroborated, (a, b), (b, a), strict=True)
+    for count, mean, sure, one, other in sides:
+        if count and sure:
             verb = "opposes" if count == 1 else "oppose"
             sentences.append(
                 f"{_count(count, 'sample')} of {one} {verb} {other} as a whole (mean cosine {mean:.3f})."
@@ -120,7 +149,7 @@ def _found(study: Study, findings: Findings, a: str, b: str) -> list[str]:
 
 
 def _why_no_pairs(study: Study) -> str:
-    if not study.verdict("pairs").calibrated:
+    if study.verdict("pairs").withheld:
         return "the test of pairs is not calibrated here."
     if np.isnan(study.detectable):
         return _no_pairs(study)
@@ -129,7 +158,7 @@ def _why_no_pairs(study: Study) -> str:
 
 def _no_pairs(study: Study) -> str:
     if not np.isfinite(study.p).any():
-        return "the test of pairs needs four different samples with a gradient in each task."
+        return "the test of pairs needs four different samples (or windows) with a gradient in each task."
     return (
         "samples of one task differ so much that not even opposite gradients would stand out; collect more."
     )

@@ -32,12 +32,19 @@ def with_claims(
     if config.part == "bias" or not context.pairs:
         return nothing, []
     try:
-        levels = context.result("conflict").extra["levels"]
+        conflict = context.result("conflict")
     except FisherscopeError as error:
         return nothing, [f"whether samples oppose each other on a slice was not tested: {error}"]
+    levels, calibration = conflict.extra["levels"], conflict.extra["calibration"]
+    withheld = calibration[(calibration["test"] == "blocks") & calibration["calibrated"].eq(False)]
+    notes = [
+        f"q-values of mean cosines of {a} and {b} are withheld: the test called too much on random halves of "
+        "single tasks (see conflict)"
+        for a, b in zip(withheld["task_a"], withheld["task_b"], strict=True)
+    ]
     slices = levels[levels["level"] == "slice"]
     if slices.empty:
         return nothing, []
     slices = slices.rename(columns={"mean": "cosine", "p": "cosine_p", "q": "cosine_q"})[[*_PLACE, *CLAIM]]
     mirrored = slices.rename(columns={"task_a": "task_b", "task_b": "task_a"})
-    return frame.merge(pd.concat([slices, mirrored]), how="left", on=_PLACE), []
+    return frame.merge(pd.concat([slices, mirrored]), how="left", on=_PLACE), notes

@@ -65,12 +65,16 @@ def outcome(verdicts: list[dict[Any, Any]]) -> str:
     told = []
     if good := [row for row in verdicts if row["calibrated"]]:
         counts = ", ".join(f"{row['test']} {row['rejecting']} of {row['splits']}" for row in good)
-        told.append(f"Splits that called anything: {counts}; calibrated here.")
+        upper = max(row["upper"] for row in good)
+        told.append(
+            f"Splits that called anything: {counts}; nothing speaks against these tests here (with 95 % "
+            f"confidence they call something in less than {upper:.0%} of such splits)."
+        )
     told += [
         f"The test of {row['test']} called something in {row['rejecting']} of {row['splits']}, which would "
         f"be luck with a probability of {row['chance']:.2g}: its q-values are withheld."
         for row in verdicts
-        if not row["calibrated"]
+        if row["calibrated"] is False
     ]
     return " ".join(told)
 

@@ -113,8 +113,8 @@ def _cluster_of(pairs: pd.DataFrame, clusters: pd.DataFrame, side: str) -> dict[
     names = pairs[f"sample_{side}"].unique().tolist()
     found: dict[str, int] = {}
     for row in clusters.to_dict("records"):
-        members = f" {row[f'members_{side}']} "  # names of tasks may hold spaces, so that it cannot be split
-        found |= {name: int(row["cluster"]) for name in names if f" {name} " in members}
+        members = set(row[f"members_{side}"].split("; "))
+        found |= {name: int(row["cluster"]) for name in names if name in members}
     return {name: found.get(name, len(clusters)) for name in names}
 
 
