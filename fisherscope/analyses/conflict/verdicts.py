@@ -58,7 +58,8 @@ def verdict(study: Study, findings: Findings, a: str, b: str) -> dict[str, Any]:
     """Columns verdict, slight, reason, pairs, heads, samples, blocks, detectable for a pair of tasks."""
     calibration = study.calibration.verdicts()
     notes = [str(v) for v in calibration if v.withheld]
-    untried = [] if any(v.splits for v in calibration) else [_UNTRIED]
+    wanted = study.config.calibration_splits > 0
+    untried = [_UNTRIED] if wanted and not any(v.splits for v in calibration) else []
     testable = bool(np.isfinite(study.p).any())
     if findings.any:
         word, sentences = FOUND, _found(study, findings, a, b)
