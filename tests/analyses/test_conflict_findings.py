@@ -164,6 +164,8 @@ def test_a_sentence_for_each_finding(found):
         f"{row['head']} (cos {row['cosine']:.2f}, d {row['effect_size']:.2f}, q {row['q']:.2g})"
     )
     assert found.findings[0] == row["finding"]
+    assert row["text_a"] == f"a text {row['sample_a'].removeprefix('a_')}"
+    assert row["text_b"] == f"b text {row['sample_b'].removeprefix('b_')}"
     assert row["finding"] in found.summary()
     np.testing.assert_allclose(heads["excess"], heads["cosine"] - heads["reference"])
 

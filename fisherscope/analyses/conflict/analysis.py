@@ -97,7 +97,8 @@ class _Run:
         frame = self._table("pairs", [*PAIRS, "text_a", "text_b"])
         frame, extra["positions"] = look_into(self.store, frame, self.config, self.context)
         heads = self._table("heads", HEADS)
-        extra["heads"] = with_sentences(heads.groupby(_PAIR, sort=False).head(_LISTED).reset_index(drop=True))
+        listed = heads.groupby(_PAIR, sort=False).head(_LISTED).reset_index(drop=True)
+        extra["heads"] = self._with_texts(with_sentences(listed))
         extra["hot_spots"] = hot_spots(heads, extra["levels"])
         extra |= self._recommended(frame, extra["samples"])
         return ConflictResult(
@@ -145,6 +146,18 @@ class _Run:
             self.within.setdefault(task, within)
         if study.bound is not None:
             self.bounds.append(study.bound)
+
+    def _with_texts(self, heads: pd.DataFrame) -> pd.DataFrame:
+        """The texts of both samples of each finding, where they are stored."""
+        texts = {
+            name: text
+            for side in self.sides.values()
+            if side.texts is not None
+            for name, text in zip(side.names, side.texts, strict=True)
+        }
+        if not texts:
+            return heads
+        return heads.assign(**{f"text_{end}": heads[f"sample_{end}"].map(texts) for end in "ab"})
 
     def _add(self, name: str, table: pd.DataFrame, a: str, b: str) -> None:
         if "task_a" not in table and name != "samples":

@@ -32,7 +32,8 @@ class ConflictResult(Result):
     * "verdicts": per pair of tasks ``verdict`` ("found", "nothing found", "cannot tell"), whether all
       that was found is ``slight`` (means above -.05), ``reason``, how
       many pairs, pairs on heads, samples and blocks were found, and the ``detectable`` cosine.
-    * "heads": pairs that conflict on a head slice, one row for each slice, with a sentence (``finding``).
+    * "heads": pairs that conflict on a head slice, one row for each slice, with a sentence (``finding``) and
+      texts.
     * "levels": per slice, block, layer and over the whole the numbers of
       :class:`~fisherscope.analyses.conflict.levels.Level` and q.
     * "modules": the same per parameter and MLP whose gradients are stored; and for every one that is
