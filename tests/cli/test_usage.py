@@ -12,7 +12,16 @@ COMMANDS = [command.callback.__name__ for command in app.registered_commands]
 
 def test_commands():
     """The commands that there are."""
-    assert COMMANDS == ["demo", "estimate", "collect", "analyze", "inspect", "verify", "finalize"]
+    assert COMMANDS == [
+        "demo",
+        "estimate",
+        "collect",
+        "analyze",
+        "calibrate",
+        "inspect",
+        "verify",
+        "finalize",
+    ]
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], []])
