@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 
 import fisherscope as fs
@@ -41,13 +42,17 @@ def test_memory(made):
 
 
 def test_the_planted_conflict_is_at_the_top(made):
-    """Most of the ten most opposed pairs of the contradicting tasks are planted; by chance none would be."""
+    """Most of the ten surest pairs of the contradicting tasks are planted, and most planted ones are found."""
     path, _, _ = made
-    report = fs.analyze(path / "run.fs", ["conflict"])
-    top = report["conflict"].top(100)
-    top = top[top["sample_a"].str.startswith("math_") & top["sample_b"].str.startswith("math_flipped_")]
-    found = list(zip(top["sample_a"], top["sample_b"], strict=True))[:10]
-    assert len(set(found) & set(planted_pairs())) >= 8
+    table = pd.read_csv(path / "report" / "tables" / "conflict.csv")
+    table = table[(table["task_a"] == "math") & (table["task_b"] == "math_flipped")].sort_values("p")
+    planted = set(planted_pairs())
+    first = list(zip(table["sample_a"], table["sample_b"], strict=True))[:10]
+    assert len(set(first) & planted) >= 8
+    found = table[table["found"]]
+    assert len(set(zip(found["sample_a"], found["sample_b"], strict=True)) & planted) >= 0.5 * len(planted)
+    verdicts = pd.read_csv(path / "report" / "tables" / "conflict_verdicts.csv")
+    assert verdicts.set_index(["task_a", "task_b"])["pairs"]["math", "code"] == 0
 
 
 def test_every_sample_and_every_analysis(made):
