@@ -42,7 +42,7 @@ def test_memory(made):
 
 
 def test_the_planted_conflict_is_at_the_top(made):
-    """Most of the ten surest pairs of the contradicting tasks are planted, and most planted ones are found."""
+    """Most of the ten surest pairs of contradicting tasks are planted, and most planted ones are found."""
     path, _, _ = made
     table = pd.read_csv(path / "report" / "tables" / "conflict.csv")
     table = table[(table["task_a"] == "math") & (table["task_b"] == "math_flipped")].sort_values("p")
