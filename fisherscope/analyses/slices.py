@@ -169,6 +169,10 @@ class SliceReader:
             self._stored[task] = first
         return self._stored[task]
 
+    def usable(self, task: str, limit: int | None) -> int:
+        """Samples of a task whose gradients are stored, counted from the first, at most ``limit``."""
+        return min(self.stored(task), self.rows(task, limit))
+
     def chunks(self, block: Block | Whole, rows: int) -> list[slice]:
         """Stretches of samples that fit the budget, for one slice of this block."""
         step = max(1, self.memory_budget // (4 * _COPIES * block.partition.slice_size))

@@ -169,6 +169,8 @@ def test_parameters_and_mlps_have_cosines_where_gradients_are_stored(made, every
 def test_modules_without_gradients_have_loads(made):
     """From group values alone: shares of F, and overlap of the channels of an MLP, against loops."""
     modules = analysed(made.store).extra["modules"].set_index("parameter")
+    assert (modules["task_a"] == "math").all()
+    assert (modules["task_b"] == "code").all()
     names = made.store.parameters
     for side, task in (("share_a", "math"), ("share_b", "code")):
         sums = {name: float((made.tasks[task].h(name) ** 2).mean(0).sum()) for name in names}

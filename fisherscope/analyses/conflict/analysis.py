@@ -69,7 +69,8 @@ class _Run:
     def __init__(self, store: ContributionStore, config: ConflictConfig, context: Context) -> None:
         self.store, self.config, self.context = store, config, context
         self.reader = SliceReader(store, context.memory_budget)
-        self.rows = {task: self._usable(task) for task in context.tasks}
+        limit = config.max_samples_per_task
+        self.rows = {task: self.reader.usable(task, limit) for task in context.tasks}
         width = config.contribution_averaging_window
         self.windows = {task: Windows(n, width) for task, n in self.rows.items()}
         self.sides = {task: self._side(task) for task, n in self.rows.items() if n}
@@ -77,10 +78,6 @@ class _Run:
         self.matrices: dict[tuple[str, str], NDArray[np.float64]] = {}
         self.within: dict[str, NDArray[np.float64]] = {}
         self.bounds: list[float] = []
-
-    def _usable(self, task: str) -> int:
-        stored = self.reader.stored(task)
-        return min(stored, self.config.max_samples_per_task or stored)
 
     def _side(self, task: str) -> Side:
         norms = attention_norms(self.reader, task) * self.reader.factors(task)
@@ -128,7 +125,7 @@ class _Run:
         )
         study = Study(self.config, counts, calibration, self.context.memory_budget // 4)
         study.run(GramStream(self.reader, {task: self.windows[task] for task in (a, b)}, self.config))
-        frames = PairFrames(study, self.sides[a], self.sides[b], self.config)
+        frames = PairFrames(study, self.sides[a], self.sides[b])
         levels, pairs, heads, samples = frames.levels(), frames.pairs(), frames.heads(), frames.samples()
         apart = levels["level"].isin(_SPLIT_LEVELS)
         modules = load.frame(a, b).merge(levels[apart], how="left", on=KEY, suffixes=("", "_"))
@@ -160,9 +157,7 @@ class _Run:
         return heads.assign(**{f"text_{end}": heads[f"sample_{end}"].map(texts) for end in "ab"})
 
     def _add(self, name: str, table: pd.DataFrame, a: str, b: str) -> None:
-        if "task_a" not in table and name != "samples":
-            table = table.assign(task_a=a, task_b=b)
-        self.tables.setdefault(name, []).append(table)
+        self.tables.setdefault(name, []).append(table.assign(task_a=a, task_b=b))
 
     def _table(self, name: str, columns: list[str]) -> pd.DataFrame:
         """All rows of a table; text columns only where there are texts."""
@@ -266,7 +261,7 @@ class _Run:
 
 
 def _count(levels: pd.DataFrame, frames: PairFrames, samples: pd.DataFrame, heads: pd.DataFrame) -> Findings:
-    called = levels[levels["q"] <= frames.config.level]
+    called = levels[levels["q"] <= frames.study.config.level]
     against = samples[samples["direction"] < 0].groupby("task")["mean_cosine"]
     number, mean = against.size(), against.mean()
     sides = [frames.first.task, frames.second.task]

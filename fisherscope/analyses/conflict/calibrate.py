@@ -131,9 +131,7 @@ def _split(
     reader: SliceReader, task: str, config: ConflictConfig, splits: int, rng: np.random.Generator
 ) -> Calibration:
     """The tests on splits of one task."""
-    stored = reader.stored(task)
-    rows = min(stored, config.max_samples_per_task or stored)
-    windows = Windows(rows, config.contribution_averaging_window)
+    windows = Windows(reader.usable(task, config.max_samples_per_task), config.contribution_averaging_window)
     found = Calibration.draw((len(windows),), splits, config.level, config.correction, rng)
     if found.halves:
         for place, gram in GramStream(reader, {task: windows}, config).attention():

@@ -15,7 +15,7 @@ from fisherscope.analyses.conflict.block_test import block_test
 from fisherscope.analyses.conflict.corrections import Correction, adjust
 from fisherscope.analyses.conflict.cosines import cosines
 from fisherscope.analyses.conflict.group_test import CauchySum
-from fisherscope.analyses.conflict.inputs import COPIES
+from fisherscope.analyses.conflict.inputs import differ
 from fisherscope.analyses.conflict.pair_test import LEAST_SAMPLES, pair_test
 
 Values = NDArray[np.float64]
@@ -200,7 +200,7 @@ class Calibration:
         parts = half.cosines(cosine, _MOST_PER_SLICE)
         shape = self._sums[split].shape
         # where samples have no gradient, pairs of others would be combined
-        if parts[0].shape == shape and _differ(parts):
+        if parts[0].shape == shape and differ(*parts[1:]):
             self._sums[split].add(pair_test(*parts))
             self._tested[split] += 1
 
@@ -211,7 +211,7 @@ class Calibration:
         cosine = cosines(gram)
         for half in self.halves:
             parts = half.cosines(cosine)
-            if min(parts[0].shape) >= LEAST_SAMPLES and _differ(parts):
+            if min(parts[0].shape) >= LEAST_SAMPLES and differ(*parts[1:]):
                 self._pairs.note(pair_test(*parts).ravel(), self.level, self.method)
 
     @cached_property
@@ -247,8 +247,3 @@ class Calibration:
         """The verdicts: columns test, splits, rejecting, upper, chance, calibrated, samples."""
         rows = [{name: getattr(verdict, name) for name in COLUMNS} for verdict in self.verdicts()]
         return pd.DataFrame(rows, columns=COLUMNS).astype({"calibrated": object})
-
-
-def _differ(parts: tuple[Values, Values, Values]) -> bool:
-    """Whether the samples of both halves are more than copies of one."""
-    return all(within.min() < 1 - COPIES for within in parts[1:])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from fisherscope.analyses.config import ConflictConfig
 from fisherscope.analyses.conflict.cosines import effect_size
 from fisherscope.analyses.conflict.grams import Place
 from fisherscope.analyses.conflict.study import Study
@@ -96,40 +95,39 @@ class Side:
 
 @dataclass
 class PairFrames:
-    """The tables of one pair of tasks.
+    """The tables of one pair of tasks, whose names are left to who puts tables together.
 
     Attributes:
         study: what was measured.
         first, second: the samples of both tasks.
-        config: options of the analysis.
     """
 
     study: Study
     first: Side
     second: Side
-    config: ConflictConfig
-    withheld: bool = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.withheld = self.study.verdict("pairs").withheld
+    @property
+    def withheld(self) -> bool:
+        """Whether the test of pairs is not to be believed here."""
+        return self.study.verdict("pairs").withheld
 
     @cached_property
     def found(self) -> NDArray[np.bool_]:
         """Pairs that are called and far enough below the reference ``[n_a, n_b]``."""
         if self.withheld:
             return np.zeros(self.study.counts, bool)
-        return (self.study.q <= self.config.level) & self._reported
+        return (self.study.q <= self.study.config.level) & self._reported
 
     @cached_property
     def _reported(self) -> NDArray[np.bool_]:
         # without a reference (one sample per task) there is no excess to filter by
         excess = self.study.cosine - self.study.reference
-        return ~(excess > -self.config.min_effect_size) & ~np.isnan(self.study.cosine)
+        return ~(excess > -self.study.config.min_effect_size) & ~np.isnan(self.study.cosine)
 
     def pairs(self) -> pd.DataFrame:
         """All pairs that are found and the most opposed others, smallest p first."""
         study = self.study
-        top = TopPairs(self.config.top_pairs)
+        top = TopPairs(self.study.config.top_pairs)
         top.offer(np.where(self._reported, -study.cosine, np.nan), 0)
         chosen = self.found.copy()
         chosen[top.places[:, 1], top.places[:, 2]] = True
@@ -146,7 +144,7 @@ class PairFrames:
             frame[column] = np.array([getattr(s, column) for s in slices], dtype=object)[place]
         frame["slice_cosine"], frame["slice_q"] = cosine, slice_q
         frame["cosine_low"] = frame["cosine_high"] = np.nan
-        frame = frame[PAIRS].astype({"layer": "int64", "head": "int64"})
+        frame = frame.astype({"layer": "int64", "head": "int64"})
         for letter, side, rows in (("a", self.first, i), ("b", self.second, j)):
             if side.texts is not None:
                 frame[f"text_{letter}"] = side.texts[rows]
@@ -176,19 +174,17 @@ class PairFrames:
         called = self.study.called
         if called is None or not self._heads_shown:
             return pd.DataFrame(columns=HEADS[:-1])
-        kept = np.flatnonzero(~(called.cosine - called.reference > -self.config.min_effect_size))
+        kept = np.flatnonzero(~(called.cosine - called.reference > -self.study.config.min_effect_size))
         kept = kept[np.lexsort([called.cosine[kept], called.slice_p[kept]])]
         parts = (called.cosine, called.reference, called.slice_p, called.slice_q)
         frame = self._rows(called.row[kept], called.column[kept], *(part[kept] for part in parts))
         for column in PLACE:
             values = np.array([getattr(place, column) for place in self.study.slices], dtype=object)
             frame[column] = values[called.slice[kept]]
-        return frame[HEADS[:-1]].astype({"layer": "int64", "head": "int64"})
+        return frame.astype({"layer": "int64", "head": "int64"})
 
     def _rows(self, i: Places, j: Places, cosine: Any, reference: Any, p: Any, q: Any) -> pd.DataFrame:
         frame = pd.DataFrame({"sample_a": self.first.names[i], "sample_b": self.second.names[j]})
-        frame.insert(0, "task_a", self.first.task)
-        frame.insert(1, "task_b", self.second.task)
         frame["cosine"], frame["reference"] = cosine, reference
         frame["excess"] = frame["cosine"] - frame["reference"]
         frame["effect_size"] = effect_size(frame["cosine"].to_numpy())
@@ -211,16 +207,10 @@ class PairFrames:
     def levels(self) -> pd.DataFrame:
         """Means and tests of all places; q is left out where the test is not calibrated."""
         frame = pd.DataFrame(self.study.rows)
-        frame.insert(0, "task_a", self.first.task)
-        frame.insert(1, "task_b", self.second.task)
         if self.study.verdict("blocks").withheld:
             frame["q"] = np.nan
         return frame
 
     def calibration(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """The verdicts of the splits, and their p-values in bins."""
-        both = self.study.calibration.frame(), self.study.calibration.histogram()
-        for frame in both:
-            frame.insert(0, "task_a", self.first.task)
-            frame.insert(1, "task_b", self.second.task)
-        return both
+        return self.study.calibration.frame(), self.study.calibration.histogram()

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from fisherscope.analyses.conflict.corrections import Correction, adjust
 from fisherscope.analyses.conflict.cosines import Blocks
 from fisherscope.analyses.conflict.group_test import CauchySum, adjust_few
-from fisherscope.analyses.conflict.inputs import COPIES
+from fisherscope.analyses.conflict.inputs import differ
 from fisherscope.analyses.conflict.pair_test import LEAST_SAMPLES, pair_test
 
 Values = NDArray[np.float64]
@@ -127,6 +127,4 @@ class HeadTests:
 
 def testable(blocks: Blocks) -> bool:
     """Whether the pair test applies: enough samples, and not all copies of one."""
-    if blocks.smallest < LEAST_SAMPLES:
-        return False
-    return all(within.min() < 1 - COPIES for within in (blocks.within_a, blocks.within_b))
+    return blocks.smallest >= LEAST_SAMPLES and differ(blocks.within_a, blocks.within_b)

@@ -8,10 +8,15 @@ from numpy.typing import ArrayLike, NDArray
 Matrix = NDArray[np.float64]
 
 # Samples with cosines above 1 - this are copies of each other, up to rounding.
-COPIES = 1e-5
+_COPIES = 1e-5
 
 # How far a Gram matrix may be from symmetric, and a cosine beyond 1: rounding of float32 products.
 _ROUNDING = 1e-4
+
+
+def differ(*within: Matrix) -> bool:
+    """Whether the samples of each task are more than copies of one, by their cosines."""
+    return all(cosines.min() < 1 - _COPIES for cosines in within)
 
 
 def finite(name: str, values: ArrayLike, *, dimensions: tuple[int, ...]) -> Matrix:

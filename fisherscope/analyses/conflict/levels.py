@@ -78,4 +78,4 @@ def own_margin(blocks: Blocks) -> float:
     are in conflict where they oppose each other more than that.
     """
     means = [different_cluster_mean(within) for within in (blocks.within_a, blocks.within_b)]
-    return max(0.0, *(-mean for mean in means if not np.isnan(mean)), 0.0)
+    return max([0.0, *(-mean for mean in means if not np.isnan(mean))])

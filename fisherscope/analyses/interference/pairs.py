@@ -58,9 +58,7 @@ class PairScorer:
 
     def __init__(self, reader: SliceReader, tasks: tuple[str, ...], config: InterferenceConfig) -> None:
         self.reader, self.config = reader, config
-        self.rows = {
-            task: min(reader.stored(task), reader.rows(task, config.max_samples_per_task)) for task in tasks
-        }
+        self.rows = {task: reader.usable(task, config.max_samples_per_task) for task in tasks}
         self._form = FORMS[config.form]
         self._left = {task: self._power(task, self._form.left_power) for task in tasks}
         self._right = {task: self._right_factors(task) for task in tasks}
