@@ -13,6 +13,7 @@ from fisherscope.store.journal import ranks as journal_ranks
 from fisherscope.store.keys import remove_unreferenced
 from fisherscope.store.ledger import Ledger, read_ledger, settle
 from fisherscope.store.records import (
+    EvidenceRecord,
     JournalStart,
     Record,
     ShareRecord,
@@ -224,7 +225,7 @@ class Commits:
         line = Line({"seq": self._journal.length, **data}, table)
         # no line that a reader would refuse must ever reach the journal
         checked = decode(line.record, table, self.rank, self._journal.length)
-        if not isinstance(checked, (JournalStart, ShareRecord, TaskRecord)):
+        if not isinstance(checked, (JournalStart, ShareRecord, TaskRecord, EvidenceRecord)):
             _ = checked.shard.datasets
         self.ledger.check(checked)
         self._journal.append(line, lambda: self.ledger.apply(record))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 _T = TypeVar("_T")
@@ -63,3 +64,16 @@ def matching(data: dict[str, Any], key: str, pattern: re.Pattern[str]) -> str:
     if not pattern.fullmatch(value):
         raise ValueError(f"{key!r} has the wrong form: {value[:80]!r}")
     return value
+
+
+def leaves(data: Any) -> Iterator[Any]:
+    """Every key and every value that is no container in plain data."""
+    if isinstance(data, Mapping):
+        for key, value in data.items():
+            yield str(key)
+            yield from leaves(value)
+    elif isinstance(data, list | tuple):
+        for value in data:
+            yield from leaves(value)
+    else:
+        yield data

@@ -12,6 +12,7 @@ from fisherscope.store.journal import Line
 from fisherscope.store.keys import check_keys_file
 from fisherscope.store.records import (
     ConstantsRecord,
+    EvidenceRecord,
     JournalStart,
     Record,
     SegmentRecord,
@@ -37,6 +38,7 @@ class Ledger:
         snapshots: per task the latest snapshot.
         merged: files of other ranks' snapshots that this rank's hold by now.
         constants: arrays for the whole store.
+        evidence: what was found out about what is stored, in order.
         world_size: of how many ranks it is one.
         records: number of records applied.
     """
@@ -49,6 +51,7 @@ class Ledger:
     snapshots: dict[str, SnapshotRecord] = field(default_factory=dict)
     merged: set[str] = field(default_factory=set)
     constants: ConstantsRecord | None = None
+    evidence: list[EvidenceRecord] = field(default_factory=list)
     world_size: int = 1
     records: int = 0
 
@@ -122,6 +125,8 @@ class Ledger:
                 self.merged.update(record.merges)
             case ConstantsRecord():
                 self.constants = record
+            case EvidenceRecord():
+                self.evidence.append(record)
             case JournalStart():
                 pass
         self.records += 1

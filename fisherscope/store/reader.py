@@ -354,6 +354,18 @@ class ContributionStore(OpenStore):
         """Arrays that hold for the whole store, such as ``groups/theta_square``."""
         return aggregates.constants(self)
 
+    def evidence(self, about: str) -> list[dict[str, Any]]:
+        """What was found out about what is stored, rank by rank in the order in which it was found.
+
+        Args:
+            about: which kind of finding, such as "proof": how gradients were compared with autograd.
+
+        Returns:
+            JSON data of each finding; none where nothing was looked at.
+        """
+        found = (record for ledger in self.ledgers for record in ledger.evidence)
+        return [dict(record.values) for record in found if record.about == about]
+
     def groups(self, task: str, labels: str = "data") -> pd.DataFrame:
         """Contributions per group, over all committed samples of a task, in float64.
 

@@ -6,16 +6,18 @@ bounded.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from fisherscope.store.fields import bounded, integer, integers, matching, typed
+from fisherscope.store.fields import bounded, integer, integers, leaves, matching, typed
 from fisherscope.store.keys import MAX_ROWS, SHA256, Extent
 from fisherscope.store.progressions import Progression
 from fisherscope.store.shard_record import MAX_BYTES, ShardRecord
 
+_ABOUT = re.compile(r"[a-z][a-z_]{0,31}")
 _SHARD = re.compile(r"r[0-9]{4}-[0-9]{6,}\.h5")
 
 
@@ -94,7 +96,28 @@ class ConstantsRecord:
     shard: ShardRecord
 
 
-Record: TypeAlias = JournalStart | ShareRecord | TaskRecord | SegmentRecord | SnapshotRecord | ConstantsRecord
+@dataclass(frozen=True)
+class EvidenceRecord:
+    """Something that was found out about what is stored. It is no part of the store's identity.
+
+    Attributes:
+        about: what kind of finding it is, such as "proof".
+        values: what was found, as JSON data.
+    """
+
+    about: str
+    values: dict[str, Any]
+
+
+Record: TypeAlias = (
+    JournalStart
+    | ShareRecord
+    | TaskRecord
+    | SegmentRecord
+    | SnapshotRecord
+    | ConstantsRecord
+    | EvidenceRecord
+)
 
 
 def shard_name(rank: int, sequence: int) -> str:
@@ -120,6 +143,8 @@ def encode(record: Record) -> tuple[dict[str, Any], bytes]:
             return {"kind": "snapshot", "task": task, **covered, **also, **shard.to_json()}, shard.table
         case ConstantsRecord(shard):
             return {"kind": "constants", **shard.to_json()}, shard.table
+        case EvidenceRecord(about, values):
+            return {"kind": "evidence", "about": about, "values": values}, b""
 
 
 def decode(data: dict[str, Any], table: bytes, rank: int, sequence: int) -> Record:
@@ -141,6 +166,7 @@ def decode(data: dict[str, Any], table: bytes, rank: int, sequence: int) -> Reco
         "segment": lambda: _segment(data, _shard(data, table, rank, sequence)),
         "snapshot": lambda: _snapshot(data, _shard(data, table, rank, sequence)),
         "constants": lambda: ConstantsRecord(_shard(data, table, rank, sequence)),
+        "evidence": lambda: EvidenceRecord(matching(data, "about", _ABOUT), _plain(data, "values")),
     }
     if not isinstance(kind, str) or kind not in decoders:
         raise ValueError(f"unknown kind of record {kind!r}")
@@ -156,6 +182,17 @@ def task_name(name: Any) -> str:
     if not isinstance(name, str) or not 0 < len(name) <= 256 or not name.isprintable():
         raise ValueError(f"a task's name must be 1 to 256 printable characters, not {name!r}")
     return name
+
+
+def _plain(data: dict[str, Any], key: str) -> dict[str, Any]:
+    """JSON data whose texts a terminal may print and whose numbers are numbers."""
+    values = typed(data, key, dict)
+    for leaf in leaves(values):
+        if isinstance(leaf, str) and not leaf.isprintable():
+            raise ValueError(f"{key!r} holds a text with characters that do not print")
+        if isinstance(leaf, float) and not math.isfinite(leaf):
+            raise ValueError(f"{key!r} holds a number that is not finite")
+    return values
 
 
 def _extents(data: dict[str, Any]) -> tuple[Extent, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -18,6 +18,7 @@ from fisherscope.linalg.normalization import NORMALIZATIONS
 from fisherscope.store import disk
 from fisherscope.store.dtypes import gradient_dtype
 from fisherscope.store.encodings import FEATURES, Encodings
+from fisherscope.store.fields import leaves
 from fisherscope.store.gradient_plan import GradientPlan
 from fisherscope.store.position_plan import PositionPlan
 
@@ -67,8 +68,8 @@ class StoreHeader:
 
     def __post_init__(self) -> None:
         gradient_dtype(self.gradient_dtype)
-        for text in _texts([self.fingerprint, self.options, self.provenance, self.layout.to_json()]):
-            if _CONTROL.search(text):
+        for text in leaves([self.fingerprint, self.options, self.provenance, self.layout.to_json()]):
+            if isinstance(text, str) and _CONTROL.search(text):
                 raise ValueError(f"{text!r} has control characters, which a terminal would obey")
         if self.normalization not in NORMALIZATIONS:
             raise ValueError(f"normalization {self.normalization!r} is none of {list(NORMALIZATIONS)}")
@@ -166,19 +167,6 @@ class StoreHeader:
         if undeclared := set(header.requires) - set(data["requires"]):
             raise ValueError(f"it uses {sorted(undeclared)} and does not say so")
         return header
-
-
-def _texts(data: Any) -> Iterator[str]:
-    """Every text in plain data, keys included."""
-    if isinstance(data, str):
-        yield data
-    elif isinstance(data, Mapping):
-        for key, value in data.items():
-            yield str(key)
-            yield from _texts(value)
-    elif isinstance(data, list | tuple):
-        for value in data:
-            yield from _texts(value)
 
 
 def _pieces(data: Any) -> int:

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from fisherscope.errors import StoreError
 from fisherscope.store import disk, lifecycle
@@ -15,7 +15,13 @@ from fisherscope.store.declaring import Declared, declare
 from fisherscope.store.disk import Durability
 from fisherscope.store.plan import SegmentPlan
 from fisherscope.store.progressions import pack, unpack
-from fisherscope.store.records import ConstantsRecord, SegmentRecord, SnapshotRecord, TaskRecord
+from fisherscope.store.records import (
+    ConstantsRecord,
+    EvidenceRecord,
+    SegmentRecord,
+    SnapshotRecord,
+    TaskRecord,
+)
 from fisherscope.store.schema import StoreHeader
 from fisherscope.store.sealing import Sealer
 from fisherscope.store.segment import SegmentWriter
@@ -232,6 +238,19 @@ class StoreWriter:
             write_arrays(arrays, lambda specs: self._commits.new_shard("constants", specs, "")),
             ConstantsRecord,
         )
+
+    def evidence(self, about: str, values: Mapping[str, Any]) -> None:
+        """Commit something that was found out about what is stored; it is no part of the store's identity.
+
+        Args:
+            about: what kind of finding it is: lower-case letters and underscores.
+            values: what was found, as JSON data.
+
+        Raises:
+            ValueError: it is no JSON data, or holds a number that is not finite.
+        """
+        self.flush()
+        self._commits.append(EvidenceRecord(about, dict(values)))
 
     def token_texts(self, texts: Mapping[int, str]) -> None:
         """Keep how tokens read, beside those that are kept already. Rank 0 does it for all.
