@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import register_multi_grad_hook
-from torch.utils import _pytree as pytree
 
 from fisherscope.errors import FisherscopeError
-from fisherscope.instrument.lookup import Lookup, lookup_of
-from fisherscope.instrument.replay import Replay, Samples, floating
+from fisherscope.instrument.batch_axes import floating
+from fisherscope.instrument.forwards import Around, Forward, around
+from fisherscope.instrument.lookup import Lookup, lookup_of, own_rows
+from fisherscope.instrument.replay import Replay
 from fisherscope.instrument.targets import Site, Targets
 from fisherscope.instrument.uses import Use
 from fisherscope.linalg import PerSampleGradient, added
@@ -22,17 +24,37 @@ from fisherscope.linalg import PerSampleGradient, added
 Emit = Callable[[str, PerSampleGradient], None]
 
 
+@dataclass(frozen=True)
+class Rows:
+    """How many rows a batch has.
+
+    Attributes:
+        n: samples.
+        positions: of each, where both lie along one axis; a decoder has others than its encoder.
+    """
+
+    n: int
+    positions: tuple[int, ...]
+
+    def account_for(self, rows: int) -> bool:
+        """Whether so many rows are those of samples, or of samples and positions."""
+        return rows == self.n or any(rows == self.n * positions for positions in self.positions)
+
+
 class GradientTap:
     """Turns what flows through the watched modules into per-sample gradients, one parameter at a time.
 
-    A forward hook keeps a layer's input and output; a hook on the layer's *output tensor* receives the
-    output gradient (full backward hooks break on models that change outputs in place). The rule makes
-    per-sample gradients of them, and they are handed on at once, so that no more than one layer's gradients
-    are alive. A parameter that is used several times is handed on after its last use, with the pieces added
-    up before anything is squared.
+    Around a layer's forward its input and output are kept, inside of other people's hooks; a hook on the
+    layer's *output tensor* receives the output gradient (full backward hooks break on models that change
+    outputs in place). The rule makes per-sample gradients of them, and they are handed on at once, so that
+    no more than one layer's gradients are alive. A parameter that is used several times is handed on after
+    its last use, with the pieces added up before anything is squared.
 
     Layers whose input is cut into heads or channels (O, the down projection) are given an alias of their
     input, so that the gradient which autograd forms for it is this layer's alone.
+
+    Attributes:
+        dtypes: of what the watched layers of the last batch gave.
     """
 
     def __init__(
@@ -52,31 +74,36 @@ class GradientTap:
         self._input_cut = frozenset(input_cut)
         self._uses: Counter[str] = Counter()
         self._watched: set[str] = set()
+        self._called: set[str] = set()
         self._open_uses: Counter[str] = Counter()
         self._pieces: dict[str, PerSampleGradient] = {}
-        self._samples = Samples(0, ())
+        self._samples = Rows(0, ())
         self._is_silent = False
         self._is_backward = False
         self._keep_graph = False
+        self.dtypes: set[torch.dtype] = set()
 
     @contextmanager
     def attached(self, n: int, *positions: int) -> Iterator[None]:
-        """Hooks for one batch of ``n`` samples, padded to ``positions``; a decoder's come second.
+        """Watch one batch of ``n`` samples, padded to ``positions``; a decoder's come second.
 
-        Only hooks of our own are removed afterwards.
+        Other people's hooks stay where they are and do what they do.
         """
-        self._samples = Samples(n, positions)
+        self._samples = Rows(n, positions)
         self._uses.clear()
         self._watched.clear()
+        self._called.clear()
+        self.dtypes.clear()
         with ExitStack() as stack:
-            for site in self._sites:
-                if site.path in self._input_cut:
-                    handle = site.module.register_forward_pre_hook(_alias_input)
-                    stack.callback(handle.remove)
-                handle = site.module.register_forward_hook(self._forward_hook(site), with_kwargs=True)
-                stack.callback(handle.remove)
             stack.callback(self._pieces.clear)
+            for site in self._sites:
+                stack.enter_context(around(site.module, self._watch(site)))
             yield
+
+    @property
+    def called(self) -> frozenset[str]:
+        """Paths of the modules that the last batch called."""
+        return frozenset(self._called)
 
     def backward(self, loss: Tensor, *, keep_graph: bool = False) -> None:
         """Hand on the gradients of one scalar; with ``keep_graph`` another may follow."""
@@ -91,27 +118,42 @@ class GradientTap:
         for name in list(self._pieces):
             self._emit(name, self._pieces.pop(name))
 
-    def _forward_hook(self, site: Site) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            if self._is_silent:
-                return None
-            if not self._is_backward:
-                self._uses.update(site.parameters.values())
-            if not torch.is_grad_enabled():
-                # the first run of a part that is checkpointed reentrantly: its uses come in the backward pass
-                return None
-            # a checkpoint of the other kind makes again what is kept, and nothing flows through that
-            is_repeated = self._is_backward and site.path in self._watched
-            if not self._is_backward:
-                self._watched.add(site.path)
-            if site.rule is None:
-                return None if is_repeated else self._watch_call(site, args, kwargs, output)
-            if site.rule.looks_up:
-                found = lookup_of(module, args, kwargs, output, self._samples.n)
-                return self._watch_lookup(site, found, output, is_repeated=is_repeated)
-            return self._watch_layer(site, args, kwargs, output, is_repeated=is_repeated)
+    def _watch(self, site: Site) -> Around:
+        """What runs in place of the layer's forward: it keeps what went in and what came out."""
 
-        return hook
+        def call(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if self._is_silent:
+                return forward(*args, **kwargs)
+            if site.path in self._input_cut:
+                args = _alias_input(args)
+            output = forward(*args, **kwargs)
+            replaced = self._keep(site, forward, args, kwargs, output)
+            return output if replaced is None else replaced
+
+        return call
+
+    def _keep(
+        self, site: Site, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        """Take notice of one call; what is returned stands in place of the output, unless it is None."""
+        if not self._is_backward:
+            self._uses.update(site.parameters.values())
+            self._called.add(site.path)
+            self.dtypes.update(tensor.dtype for tensor in floating(output))
+        if not torch.is_grad_enabled():
+            # the first run of a part that is checkpointed reentrantly: its uses come in the backward pass
+            return None
+        # a checkpoint of the other kind makes again what is kept, and nothing flows through that
+        is_repeated = self._is_backward and site.path in self._watched
+        if not self._is_backward:
+            self._watched.add(site.path)
+        if site.rule is None:
+            return None if is_repeated else self._watch_call(site, forward, args, kwargs, output)
+        if site.rule.looks_up:
+            with self._silenced():
+                found = lookup_of(site.module, forward, args, kwargs, output, self._samples.n)
+            return self._watch_lookup(site, found, output, is_repeated=is_repeated)
+        return self._watch_layer(site, args, kwargs, output, is_repeated=is_repeated)
 
     def _watch_layer(
         self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor, *, is_repeated: bool
@@ -139,12 +181,12 @@ class GradientTap:
         # what is returned may be changed in place, which a leaf of the graph does not bear
         return output.clone() if output.is_leaf else None
 
-    def _watch_call(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def _watch_call(
+        self, site: Site, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
         """Keep a call of a module without a rule, until the gradients of all that it returned are known."""
-        # copies: one output may depend on another within the module, and what counts comes from outside;
-        # views would not do where the model goes on to change what it was given in place
-        output = pytree.tree_map_only(Tensor, self._samples.own, output)
-        replay = Replay(site.module, args, kwargs, self._samples, self._silenced)
+        replay = Replay(site.module, forward, args, kwargs, site.axes, self._samples.n, self._silenced)
+        output = replay.own(output)
         returned = floating(output)
         places = [k for k, tensor in enumerate(returned) if tensor.requires_grad]
         size = len(returned)  # a hook that holds the tensors it hangs on would never be freed
@@ -170,8 +212,7 @@ class GradientTap:
         """Give every sample rows of its own where one lookup served all of them."""
         rows = output
         if found.is_shared or not output.requires_grad:
-            own = output.detach().reshape(-1, *output.shape[-2:]).expand(self._samples.n, -1, -1)
-            rows = own.clone().requires_grad_()
+            rows = own_rows(output.detach(), self._samples.n).clone().requires_grad_()
         use = Use(found.ids, output, scale=found.scale)
         if not is_repeated:
             on_gradient(rows, lambda gradient: self._finish_without_input(site, use, gradient))
@@ -186,7 +227,9 @@ class GradientTap:
         call = use.call(self._dtype, input_gradient)
         if not self._keep_graph:
             use.release()
-        self._hand_on(site, site.rule.gradients(site.module, call, frozenset(site.parameters)))
+        with self._silenced():
+            gradients = site.rule.gradients(site.module, call, frozenset(site.parameters))
+        self._hand_on(site, gradients)
 
     def _hand_on(self, site: Site, gradients: Mapping[str, PerSampleGradient]) -> None:
         """Hand each parameter on after its last use, with the pieces of all uses added up."""
@@ -206,7 +249,7 @@ def on_gradient(tensor: Tensor, function: Callable[[Tensor], None]) -> None:
     tensor.register_hook(function)  # type: ignore[no-untyped-call]
 
 
-def _alias_input(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+def _alias_input(args: tuple[Any, ...]) -> tuple[Any, ...]:
     if not args or not isinstance(args[0], Tensor):
-        return None
+        return args
     return (args[0].view_as(args[0]), *args[1:])

@@ -31,7 +31,12 @@ class Lookup:
 
 
 def lookup_of(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor, n: int
+    module: nn.Module,
+    forward: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Tensor,
+    n: int,
 ) -> Lookup:
     """Find the ids of a call.
 
@@ -43,9 +48,9 @@ def lookup_of(
     """
     scale, name = 1.0, type(module).__name__
     ids = args[0] if args else next(iter(kwargs.values()))
-    if type(module).forward is not nn.Embedding.forward:
+    if getattr(forward, "__func__", None) is not nn.Embedding.forward:
         with torch.no_grad(), _Watch() as watch:
-            module.forward(*args, **kwargs)
+            forward(*args, **kwargs)
         if len(watch.found) != 1:
             raise FisherscopeError(f"{name} looks up its table {len(watch.found)} times in a call")
         ids, rows = watch.found[0]
@@ -59,6 +64,11 @@ def lookup_of(
 def has_samples(ids: Tensor, n: int) -> bool:
     """Whether ids are ``[n, T]``, or ``[1, T]`` or ``[T]`` for all samples."""
     return ids.dim() == 1 or (ids.dim() == 2 and ids.shape[0] in {1, n})
+
+
+def own_rows(output: Tensor, n: int) -> Tensor:
+    """What one row of ids has looked up, ``[n, T, E]``: with rows for each of ``n`` samples."""
+    return output.reshape(-1, *output.shape[-2:]).expand(n, -1, -1)
 
 
 def _scale(module: nn.Module, rows: Tensor, output: Tensor) -> float:

@@ -13,7 +13,8 @@ from torch import nn
 from fisherscope.adapters.injected import plain_layer
 from fisherscope.adapters.unwrap import uncompiled
 from fisherscope.errors import AdapterError
-from fisherscope.instrument.replay import floating, without_cache
+from fisherscope.instrument.batch_axes import floating
+from fisherscope.instrument.replay import without_cache
 
 
 @contextmanager

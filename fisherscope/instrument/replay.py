@@ -7,64 +7,31 @@ forward and backward pass once more.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
+from typing_extensions import override
 
 from fisherscope.adapters.kinds import is_a
+from fisherscope.errors import FisherscopeError
+from fisherscope.instrument.batch_axes import (
+    CallAxes,
+    all_agree,
+    can_have_own_rows,
+    floating,
+    of_sample,
+    placed_tensors,
+)
 from fisherscope.linalg import Dense, OneByOne, PerSampleGradient
 
 _MOST_BYTES = 256 << 20  # of gradients that are held together
-
-
-@dataclass(frozen=True)
-class Samples:
-    """How tensors of a batch are divided among its samples.
-
-    Attributes:
-        n: samples.
-        positions: of each, where both lie along one axis; a decoder has others than its encoder.
-    """
-
-    n: int
-    positions: tuple[int, ...]
-
-    def account_for(self, rows: int) -> bool:
-        """Whether so many rows are those of samples, or of samples and positions."""
-        return rows == self.n or any(rows == self.n * positions for positions in self.positions)
-
-    def fits(self, tensor: Tensor) -> bool:
-        """Whether the first axis is that of samples, or of samples and positions."""
-        return tensor.dim() > 0 and self.account_for(tensor.shape[0])
-
-    def are_served_at_once(self, tensor: Tensor) -> bool:
-        """Whether all samples share what would broadcast over them, such as T5's position biases."""
-        return tensor.dim() > 2 and tensor.shape[0] == 1 < self.n
-
-    def own(self, tensor: Tensor) -> Tensor:
-        """A copy that asks for a gradient, in which every sample has rows of its own.
-
-        With its weight frozen, a table's output asks for none by itself.
-        """
-        if not tensor.is_floating_point():
-            return tensor
-        if self.are_served_at_once(tensor):
-            tensor = tensor.expand(self.n, *tensor.shape[1:])
-        copy = tensor.clone()
-        return copy if copy.requires_grad else copy.requires_grad_()
-
-    def take(self, tensor: Tensor, i: int) -> Tensor:
-        """Rows of sample i; all of a tensor that all samples share."""
-        if not self.fits(tensor):
-            return tensor
-        share = tensor.shape[0] // self.n
-        return tensor[i * share : (i + 1) * share]
+_MOST_UNKNOWN = 4  # tensors of a call of which it is not known whether samples share them
 
 
 class Replay:
@@ -73,32 +40,124 @@ class Replay:
     def __init__(
         self,
         module: nn.Module,
+        forward: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        samples: Samples,
+        axes: CallAxes,
+        n: int,
         silence: Callable[[], AbstractContextManager[None]],
     ) -> None:
         """Keep what went in.
 
         Args:
             module: the module; its submodules are run again, too.
+            forward: its own forward, without the hooks of the module: what they change comes after it.
             args, kwargs: of the call.
-            samples: how its tensors are divided.
-            silence: a context in which hooks take no notice of calls.
+            axes: which axes of its tensors run over samples, as far as is known.
+            n: number of samples.
+            silence: a context in which nobody takes notice of calls.
         """
         self._module = module
-        # a cache holds what the call itself has put there: without it a sample is run from its beginning
-        positional = tuple(without_cache(value) for value in args)
-        plain = positional, {k: without_cache(v) for k, v in kwargs.items()}
-        self._given = pytree.tree_map_only(Tensor, torch.Tensor.detach, plain)
-        self._samples = samples
+        self._bare = _Bare(module, forward)
+        self._given = pytree.tree_map_only(Tensor, torch.Tensor.detach, without_caches(args, kwargs))
+        self._known = axes
+        self._n = n
         self._silence = silence
+        self._input_axes: list[int | None] = []
+        self._output_axes: list[int | None] = []
+        self._expected: dict[int, list[Tensor]] = {}
+
+    def own(self, output: Any) -> Any:
+        """What the call returned, as copies that ask for gradients, in which every sample has its rows.
+
+        One output may depend on another within the module, and what counts comes from outside; with its
+        weight frozen, a table's output asks for no gradient by itself.
+
+        Raises:
+            FisherscopeError: a sample run alone gives something else than in the batch.
+        """
+        self._settle_axes(output)
+        axes = iter(self._output_axes)
+
+        def separate(tensor: Tensor) -> Tensor:
+            if not tensor.is_floating_point():
+                return tensor
+            if next(axes) is None and self._n > 1:
+                tensor = tensor.expand(self._n, *tensor.shape[1:])
+            copy = tensor.clone()
+            return copy if copy.requires_grad else copy.requires_grad_()
+
+        owned = pytree.tree_map_only(Tensor, separate, output)
+        self._output_axes = [0 if axis is None else axis for axis in self._output_axes]
+        return owned
+
+    def _settle_axes(self, output: Any) -> None:
+        """Find the axes over samples of tensors that were not seen before: those that give what it gave.
+
+        The mask of a padded batch is such a tensor, where models leave it out without padding.
+        """
+        given = placed_tensors(self._given)
+        returned = [(place, t.detach()) for place, t in placed_tensors(output) if t.is_floating_point()]
+        choices = [
+            *(self._choices(place, tensor, self._known.inputs) for place, tensor in given),
+            *(self._choices(place, tensor, self._known.outputs) for place, tensor in returned),
+        ]
+        is_settled = all(len(choice) == 1 for choice in choices)
+        if sum(len(choice) > 1 for choice in choices) > _MOST_UNKNOWN:
+            choices = [choice[:1] for choice in choices]
+        for axes in itertools.product(*choices):
+            self._input_axes, self._output_axes = list(axes[: len(given)]), list(axes[len(given) :])
+            values = list(zip((tensor for _, tensor in returned), self._output_axes, strict=True))
+            if not all(axis is not None or self._n == 1 or can_have_own_rows(t) for t, axis in values):
+                continue
+            self._expected = {
+                i: [of_sample(tensor, axis, i, self._n).clone() for tensor, axis in values]
+                for i in {0, self._n - 1}
+            }
+            if is_settled or self._gives_what_is_expected():
+                return
+        raise self._refusal()
+
+    def _choices(self, place: str, tensor: Tensor, known: Mapping[str, int | None]) -> list[int | None]:
+        axis = known.get(place)
+        if axis is not None and axis < tensor.dim() and tensor.shape[axis] % self._n == 0:
+            return [axis]
+        # what was shared in a trial may be given for each sample now, as positions are
+        divides = self._n > 1 and tensor.dim() > 0 and tensor.shape[0] % self._n == 0
+        return [0, None] if divides else [None]
+
+    def _gives_what_is_expected(self) -> bool:
+        try:
+            with torch.no_grad():
+                for i in self._expected:
+                    self.outputs(i, {})
+        except Exception:  # what it is given has the wrong size, or it gives something else
+            return False
+        return True
 
     def outputs(self, i: int, parameters: dict[str, Tensor]) -> list[Tensor]:
-        """Tensors of floating point that the call returns for sample i."""
-        args, kwargs = pytree.tree_map_only(Tensor, lambda t: self._samples.take(t, i), self._given)
+        """Tensors of floating point that the call returns for sample i.
+
+        Raises:
+            FisherscopeError: they are not what the batch got.
+        """
+        axes = iter(self._input_axes)
+        args, kwargs = pytree.tree_map_only(
+            Tensor, lambda tensor: of_sample(tensor, next(axes), i, self._n), self._given
+        )
+        named = {f"module.{name}": value for name, value in parameters.items()}
         with self._silence():
-            return floating(functional_call(self._module, parameters, args, kwargs))
+            found = floating(functional_call(self._bare, named, args, kwargs))
+        if i in self._expected and not all_agree(found, self._expected[i]):
+            raise self._refusal()
+        return found
+
+    def _refusal(self) -> FisherscopeError:
+        return FisherscopeError(
+            f"a call of {type(self._module).__name__} gives a sample something else in the batch than alone: "
+            "samples influence each other there, or it depends on something beside its arguments, such as a "
+            "hook that keeps values of the whole batch. Leave its parameters out with parameters=[...]"
+        )
 
     def gradients(
         self, output_gradients: Sequence[Tensor | None], wanted: frozenset[str]
@@ -108,10 +167,13 @@ class Replay:
         Args:
             output_gradients: of the tensors that the call returned; None where nothing depends on one.
             wanted: names of the parameters, from the module on.
+
+        Raises:
+            FisherscopeError: a sample run alone gives something else than in the batch.
         """
         every = self._module.named_parameters(remove_duplicate=False)
         own = {name: parameter for name, parameter in every if name in wanted}
-        n = self._samples.n
+        n = self._n
         if 4 * n * sum(p.numel() for p in own.values()) <= _MOST_BYTES:
             each = [self._of_sample(i, own, output_gradients) for i in range(n)]
             return {name: Dense(torch.stack([g[name] for g in each]).float()) for name in own}
@@ -127,8 +189,11 @@ class Replay:
         parameters = {name: p.detach().requires_grad_() for name, p in own.items()}
         with torch.enable_grad():
             outputs = self.outputs(i, dict(parameters))
-        pairs = zip(outputs, output_gradients, strict=True)
-        known = [(o, self._samples.take(g, i)) for o, g in pairs if g is not None and o.requires_grad]
+        known = [
+            (output, of_sample(gradient, axis, i, self._n))
+            for output, gradient, axis in zip(outputs, output_gradients, self._output_axes, strict=True)
+            if gradient is not None and output.requires_grad
+        ]
         if not known:
             return {name: torch.zeros_like(p) for name, p in own.items()}
         found = torch.autograd.grad(
@@ -143,33 +208,50 @@ class Replay:
         }
 
 
+class _Bare(nn.Module):
+    """A module without its own hooks; those of the modules inside of it stay."""
+
+    def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        super().__init__()
+        self.module = module
+        self._forward = forward
+
+    @override
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._forward(*args, **kwargs)
+
+
+def without_caches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a call less its caches: one holds what the call itself has put there.
+
+    Without it a sample is run from its beginning.
+    """
+    return tuple(without_cache(value) for value in args), {k: without_cache(v) for k, v in kwargs.items()}
+
+
 def without_cache(value: Any) -> Any:
     """None for a cache of keys and values, anything else as it came."""
     return None if is_a(value, "transformers", "Cache") else value
 
 
-def floating(output: Any) -> list[Tensor]:
-    """The tensors of floating point in what a module returns, in order."""
-    return [
-        leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()
-    ]
-
-
 def is_replayable(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, samples: Samples
+    module: nn.Module,
+    forward: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Any,
+    axes: CallAxes,
+    n: int,
 ) -> bool:
     """Whether a call gives each sample the same when it is run for that sample alone."""
-    returned = floating(output)
-    if not returned or not all(samples.fits(t) or samples.are_served_at_once(t) for t in returned):
+    if not floating(output):
         return False
-    replay = Replay(module, args, kwargs, samples, nullcontext)
+    replay = Replay(module, forward, args, kwargs, axes, n, nullcontext)
     try:
         with torch.no_grad():
-            alone = replay.outputs(samples.n - 1, {})
-    except Exception:  # whatever it wants, it does not run on one sample
+            replay.own(pytree.tree_map_only(Tensor, torch.Tensor.detach, output))
+            for i in range(n):
+                replay.outputs(i, {})
+    except Exception:  # whatever it wants, it does not run on one sample as it does on several
         return False
-    return len(alone) == len(returned) and all(
-        a.shape == (mine := samples.take(whole.detach(), samples.n - 1)).shape
-        and torch.allclose(a.float(), mine.float(), rtol=1e-3, atol=1e-3 * float(mine.abs().max()))
-        for a, whole in zip(alone, returned, strict=True)
-    )
+    return True

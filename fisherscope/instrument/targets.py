@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import pandas as pd
@@ -13,6 +13,7 @@ from fisherscope.adapters.injected import tuned_layers
 from fisherscope.adapters.modules import is_linear_map
 from fisherscope.adapters.tuned_parameters import Adaptation, adaptation
 from fisherscope.errors import CoverageError
+from fisherscope.instrument.batch_axes import CallAxes
 from fisherscope.instrument.rules import Rule, find_rule
 from fisherscope.instrument.trial import Trial, try_out
 from fisherscope.layout import ModelLayout, ParameterInfo
@@ -41,6 +42,7 @@ class Site:
             one name and several sites.
         every_position: whether it is part of an attention or MLP that the layout describes, which is given
             every position of every sample once and in order, as a routed expert is not.
+        axes: of a module without a rule, which axes of its tensors run over samples.
     """
 
     path: str
@@ -48,6 +50,7 @@ class Site:
     rule: Rule | None
     parameters: dict[str, str]
     every_position: bool = False
+    axes: CallAxes = field(default_factory=CallAxes)
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,9 @@ def select_targets(model: nn.Module, layout: ModelLayout, choice: ParameterChoic
     in_order = {u.module for i in layout.parameters if i.kind in EVERY_POSITION for u in uses[i.name]}
     trial = try_out(model, {name: [use.module for use in uses[name]] for name in chosen}, in_order)
     found = {name: _watched(uses[name], trial, name) for name in chosen - tuned.idle.keys()}
-    found |= _through_enclosing(model, [name for name, (_, reason) in found.items() if reason])
+    enclosing, axes = _through_enclosing(model, [name for name, (_, reason) in found.items() if reason])
+    found |= enclosing
+    axes = {**trial.replayable, **axes}
     rows, parameters = [], []
     sites: dict[str, Site] = {}
     for info in layout.parameters:
@@ -100,7 +105,8 @@ def select_targets(model: nn.Module, layout: ModelLayout, choice: ParameterChoic
             parameters.append(info.name)
             for use in mine:
                 every = info.kind in EVERY_POSITION
-                site = sites.setdefault(use.path, Site(use.path, use.module, use.rule, {}, every))
+                known = axes.get(use.module, CallAxes())
+                site = sites.setdefault(use.path, Site(use.path, use.module, use.rule, {}, every, known))
                 site.parameters[use.local] = info.name
         kind = type(uses[info.name][0].module).__name__
         rows.append((info, info.name in chosen, not reason, kind, reason))
@@ -131,14 +137,20 @@ def _uses(model: nn.Module) -> dict[str, list[_Use]]:
     return found
 
 
-def _through_enclosing(model: nn.Module, names: list[str]) -> dict[str, tuple[list[_Use], str]]:
+def _through_enclosing(
+    model: nn.Module, names: list[str]
+) -> tuple[dict[str, tuple[list[_Use], str]], dict[nn.Module, CallAxes]]:
     """Parameters that can be had by running a module again in which theirs is.
 
     T5's table of position biases is looked up once for all samples, but its attention is called for each.
     PEFT multiplies bare parameters in the layer that it has put around one of the model's, and DoRA calls
     LoRA's matrices on a unit matrix, too.
+
+    Returns:
+        The modules of each parameter that was found, and the axes over samples of their calls.
     """
     found: dict[str, tuple[list[_Use], str]] = {}
+    axes: dict[nn.Module, CallAxes] = {}
     for enclosing in (tuned_layers(model), _parents(model, names, 1), _parents(model, names, 2)):
         wanted = {id(model.get_parameter(name)): name for name in names if name not in found}
         uses: dict[str, list[_Use]] = {}
@@ -148,12 +160,13 @@ def _through_enclosing(model: nn.Module, names: list[str]) -> dict[str, tuple[li
                     uses.setdefault(wanted[id(parameter)], []).append(_Use(path, module, local, None))
         if uses:
             trial = try_out(model, {name: [use.module for use in mine] for name, mine in uses.items()})
+            axes |= trial.replayable
             found |= {
                 name: (mine, "")
                 for name, mine in uses.items()
                 if name not in trial.unseen and all(use.module in trial.replayable for use in mine)
             }
-    return found
+    return found, axes
 
 
 def _parents(model: nn.Module, names: list[str], levels: int) -> dict[str, nn.Module]:

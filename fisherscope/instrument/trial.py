@@ -1,24 +1,35 @@
-"""What hooks will see of each module, found out on a small input before anything is collected."""
+"""What will be seen of each module, found out on small inputs before anything is collected."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from fisherscope.adapters.inputs import POSITIONS, first_output, probe_inputs
 from fisherscope.errors import AdapterError
-from fisherscope.instrument.lookup import has_samples
+from fisherscope.instrument.batch_axes import (
+    CallAxes,
+    CallShapes,
+    agree,
+    axes_of_calls,
+    sample_axis,
+)
+from fisherscope.instrument.forwards import Around, Forward, around
+from fisherscope.instrument.lookup import own_rows
 from fisherscope.instrument.reference import tracked
-from fisherscope.instrument.replay import Samples, is_replayable
+from fisherscope.instrument.replay import is_replayable, without_caches
 from fisherscope.instrument.rules import find_rule
 
-_ROWS = 3  # samples of the small input: another number than that of its positions
+_SAMPLES = (3, 2)  # of the small inputs: other numbers than that of their positions, and of one another
+_SHARED = "what it returns serves all samples at once"
 
 
 @dataclass(frozen=True)
@@ -26,12 +37,13 @@ class Trial:
     """What was found out.
 
     Attributes:
-        unseen: parameter -> why hooks cannot see its per-sample gradients.
-        replayable: modules without a rule whose calls can be run again sample by sample.
+        unseen: parameter -> why its per-sample gradients cannot be seen.
+        replayable: modules without a rule whose calls can be run again sample by sample, and which axes of
+            their tensors run over samples.
     """
 
-    unseen: dict[str, str]
-    replayable: frozenset[nn.Module]
+    unseen: dict[str, str] = field(default_factory=dict)
+    replayable: Mapping[nn.Module, CallAxes] = field(default_factory=dict)
 
 
 def try_out(
@@ -39,7 +51,7 @@ def try_out(
     modules: Mapping[str, Sequence[nn.Module]],
     every_position: Collection[nn.Module] | None = None,
 ) -> Trial:
-    """Run a small input, and look at the calls of the modules that hold the parameters.
+    """Run small inputs of two sizes, and look at the calls of the modules that hold the parameters.
 
     Mamba multiplies with the weight of a projection that it never calls; T5's table of position biases is
     looked up once for all samples and pairs of positions.
@@ -53,77 +65,246 @@ def try_out(
     Returns:
         What was found; nothing where the model does not run on a small input.
     """
-    watch = _Watch(every_position)
-    with ExitStack() as stack:
-        for module in {m for owners in modules.values() for m in owners}:
-            stack.callback(module.register_forward_hook(watch, with_kwargs=True).remove)
-        try:
-            first_output(model, probe_inputs(model, _ROWS, seed=0))
-        except AdapterError:
-            return Trial({}, frozenset())
-    mixing = {_numberless(name) for name, owners in modules.items() if not watch.mixing.isdisjoint(owners)}
+    watched = list(dict.fromkeys(m for owners in modules.values() for m in owners))
+    try:
+        runs = _Runs(model, watched)
+    except AdapterError:
+        return Trial()
+    seen = _Seen(model, runs, every_position)
+    mixing = {_numberless(name) for name, owners in modules.items() if not seen.mixing.isdisjoint(owners)}
     # an expert that was given as many rows as there are samples, or none, is no other than its siblings
     unseen = {
         name: "its module mixes samples with positions"
         for name in modules
-        if _numberless(name) in mixing and watch.looks_at_rows(modules[name])
+        if _numberless(name) in mixing and seen.looks_at_rows(modules[name])
     }
-    uncalled = [name for name, owners in modules.items() if watch.called.isdisjoint(owners)]
+    for name, owners in modules.items():
+        if not seen.shared.isdisjoint(owners):
+            unseen.setdefault(name, _SHARED)
+    uncalled = [name for name, owners in modules.items() if runs.called.isdisjoint(owners)]
     unseen |= dict.fromkeys(_with_gradient(model, uncalled), "used without a call of its module")
     paths = {module: _numberless(path) for path, module in model.named_modules()}
     # an expert whose rows happen to be as many as those of samples is no other than its siblings, either
-    failed = {paths[module] for module in watch.not_replayable}
-    replayable = {module for module in watch.replayable if paths[module] not in failed}
-    return Trial(unseen, frozenset(replayable))
+    failed = {paths[module] for module in seen.not_replayable}
+    replayable = {module: axes for module, axes in seen.replayable.items() if paths[module] not in failed}
+    return Trial(unseen, replayable)
 
 
 def _numberless(name: str) -> str:
     return re.sub(r"\d+", "#", name)
 
 
-class _Watch:
-    """A forward hook that takes note of what it sees."""
+class _Runs:
+    """Forward passes of different samples: two numbers of them, without padding and with some."""
 
-    def __init__(self, every_position: Collection[nn.Module] | None) -> None:
+    def __init__(self, model: nn.Module, watched: Sequence[nn.Module]) -> None:
+        """Run them, and note the shapes of every call of the watched modules.
+
+        Raises:
+            AdapterError: the model does not run on a small input.
+        """
+        self.model = model
+        self.watched = watched
+        self.calls: list[dict[nn.Module, list[CallShapes]]] = []
+        self.plain = self._run(small_batch(model, _SAMPLES[0]))
+        self._run(small_batch(model, _SAMPLES[1]))
+        if any(find_rule(module) is None for module in watched):
+            # masks are not made where nothing is padded
+            try:
+                for n in _SAMPLES:
+                    self._run(small_batch(model, n, padded=True))
+            except AdapterError:
+                self.calls = self.calls[:2]
+
+    def _run(self, inputs: dict[str, Any]) -> Tensor:
+        calls: dict[nn.Module, list[CallShapes]] = defaultdict(list)
+
+        def watch(module: nn.Module) -> Around:
+            def call(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                output = forward(*args, **kwargs)
+                calls[module].append(CallShapes.of(*without_caches(args, kwargs), output))
+                return output
+
+            return call
+
+        with ExitStack() as stack:
+            for module in self.watched:
+                stack.enter_context(around(module, watch(module)))
+            with torch.no_grad():
+                found = first_output(self.model, inputs)
+        self.calls.append(dict(calls))
+        return found
+
+    @property
+    def called(self) -> set[nn.Module]:
+        """Modules that were called."""
+        return {module for calls in self.calls for module in calls}
+
+    def pairs(self, module: nn.Module) -> list[tuple[list[CallShapes], list[CallShapes]]]:
+        """The calls of a module with the first number of samples and with the second, run by run."""
+        return [
+            (first.get(module, []), second.get(module, []))
+            for first, second in zip(self.calls[::2], self.calls[1::2], strict=True)
+        ]
+
+    def again(self, calls: Mapping[nn.Module, Around]) -> bool:
+        """Whether the first input gives the same when these calls stand around the forwards of modules."""
+        with ExitStack() as stack:
+            for module, call in calls.items():
+                stack.enter_context(around(module, call))
+            try:
+                with torch.no_grad():
+                    found = first_output(self.model, small_batch(self.model, _SAMPLES[0]))
+            except AdapterError:
+                return False
+        return agree(found, self.plain)
+
+
+def small_batch(model: nn.Module, n: int, *, padded: bool = False) -> dict[str, Any]:
+    """Keyword arguments of a forward pass of ``n`` different small samples.
+
+    Raises:
+        AdapterError: the model takes neither token ids nor images, or, ``padded``, no mask.
+    """
+    rows = [probe_inputs(model, 1, seed=seed) for seed in range(n)]
+    inputs = {
+        key: torch.cat([row[key] for row in rows]) if isinstance(value, Tensor) else value
+        for key, value in rows[0].items()
+    }
+    if padded:
+        if "attention_mask" not in inputs:
+            raise AdapterError(f"{type(model).__name__} takes no attention mask")
+        inputs["attention_mask"][1, -2:] = 0
+    return inputs
+
+
+class _Seen:
+    """What the runs tell of each watched module."""
+
+    def __init__(self, model: nn.Module, runs: _Runs, every_position: Collection[nn.Module] | None) -> None:
         self._every_position = every_position
-        self.called: set[nn.Module] = set()
         self.mixing: set[nn.Module] = set()
         self.in_order: set[nn.Module] = set()
-        self.replayable: set[nn.Module] = set()
+        self.shared: set[nn.Module] = set()
+        self.replayable: dict[nn.Module, CallAxes] = {}
         self.not_replayable: set[nn.Module] = set()
-        self._is_silent = False
+        serving: list[nn.Module] = []
+        for module in runs.watched:
+            if module not in runs.called:
+                continue
+            rule = find_rule(module)
+            if rule is None:
+                axes = axes_of_calls(runs.pairs(module), _SAMPLES)
+                if axes is None:
+                    self.not_replayable.add(module)
+                else:
+                    self.replayable[module] = axes
+            elif rule.looks_up:
+                if self._look_at_lookup(module, runs):
+                    serving.append(module)
+            else:
+                self._look_at_layer(module, runs)
+        self._try_replays(runs)
+        self._try_own_rows(model, runs, serving)
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self._is_silent:
+    def _look_at_layer(self, module: nn.Module, runs: _Runs) -> None:
+        """Whether a layer's input has samples along its first axis."""
+        for first, second in runs.pairs(module):
+            if len(first) != len(second):
+                self.mixing.add(module)
+                continue
+            for one, other in zip(first, second, strict=True):
+                given = next(zip(one.inputs.values(), other.inputs.values(), strict=False), None)
+                if given is not None:
+                    self._look_at_input(module, *given)
+
+    def _look_at_input(self, module: nn.Module, one: tuple[int, ...], other: tuple[int, ...]) -> None:
+        rows = (one[:1], other[:1])
+        if rows == ((_SAMPLES[0],), (_SAMPLES[1],)):
+            if len(one) > 2:
+                self.in_order.add(module)
             return
-        self.called.add(module)
-        rule = find_rule(module)
-        if rule is None:
-            with self._silence():
-                good = is_replayable(module, args, kwargs, output, Samples(_ROWS, (POSITIONS,)))
-            (self.replayable if good else self.not_replayable).add(module)
-            return
-        given = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-        if given is None:
-            return
+        flat = tuple((n * POSITIONS,) for n in _SAMPLES)
         may_be_flat = self._every_position is None or module in self._every_position
-        flat = may_be_flat and given.dim() == 2 and given.shape[0] == _ROWS * POSITIONS
-        if not (has_samples(given, _ROWS) if rule.looks_up else given.shape[0] == _ROWS or flat):
+        if not (may_be_flat and len(one) == 2 and rows == flat):
             self.mixing.add(module)
-        elif given.dim() > 2:
-            self.in_order.add(module)
+
+    def _look_at_lookup(self, module: nn.Module, runs: _Runs) -> bool:
+        """Whether one lookup serves all samples; where ids have another form, they mix samples."""
+        serves = False
+        for first, second in runs.pairs(module):
+            for one, other in zip(first, second, strict=False):
+                given = next(zip(one.inputs.values(), other.inputs.values(), strict=False), None)
+                if given is None:
+                    continue
+                axis = sample_axis(*given, _SAMPLES)
+                shape = given[0]
+                if axis == 0 and len(shape) == 2 and shape[0] == _SAMPLES[0]:
+                    self.in_order.add(module)
+                elif axis is None and (len(shape) == 1 or (len(shape) == 2 and shape[0] == 1)):
+                    serves = True
+                else:
+                    self.mixing.add(module)
+        return serves
+
+    def _try_replays(self, runs: _Runs) -> None:
+        """Run the calls of modules without a rule again, sample by sample, and compare."""
+        silent = [False]
+
+        def watch(module: nn.Module) -> Around:
+            def call(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                output = forward(*args, **kwargs)
+                if module in self.replayable and not silent[0]:
+                    silent[0] = True
+                    try:
+                        axes = self.replayable[module]
+                        if not is_replayable(module, forward, args, kwargs, output, axes, _SAMPLES[0]):
+                            del self.replayable[module]
+                            self.not_replayable.add(module)
+                    finally:
+                        silent[0] = False
+                return output
+
+            return call
+
+        if self.replayable:
+            runs.again({module: watch(module) for module in list(self.replayable)})
+
+    def _try_own_rows(self, model: nn.Module, runs: _Runs, serving: Sequence[nn.Module]) -> None:
+        """Give every sample rows of its own where the samples share an output; not every model bears that."""
+        calls: dict[nn.Module, Around] = dict.fromkeys(serving, _own_lookup)
+        for module, axes in self.replayable.items():
+            if any(axis is None for axis in axes.outputs.values()):
+                calls[module] = _own_output(axes)
+        if not calls or runs.again(calls):
+            return
+        paths = {module: _numberless(path) for path, module in model.named_modules()}
+        for path in dict.fromkeys(paths[module] for module in calls):
+            alike = {module: call for module, call in calls.items() if paths[module] == path}
+            if not runs.again(alike):
+                self.shared.update(alike)
+                self.not_replayable.update(self.replayable.keys() & alike.keys())
 
     def looks_at_rows(self, owners: Sequence[nn.Module]) -> bool:
         """Whether a layer was given rows that may be any samples' positions, or was not called at all."""
         return not self.mixing.isdisjoint(owners) or self.in_order.isdisjoint(owners)
 
-    @contextmanager
-    def _silence(self) -> Iterator[None]:
-        self._is_silent = True
-        try:
-            yield
-        finally:
-            self._is_silent = False
+
+def _own_lookup(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return own_rows(forward(*args, **kwargs), _SAMPLES[0])
+
+
+def _own_output(axes: CallAxes) -> Around:
+    def call(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        output = forward(*args, **kwargs)
+
+        def expanded(place: Any, tensor: Any) -> Any:
+            shared = isinstance(tensor, Tensor) and axes.outputs.get(pytree.keystr(place), 0) is None
+            return tensor.expand(_SAMPLES[0], *tensor.shape[1:]) if shared else tensor
+
+        return pytree.tree_map_with_path(expanded, output)
+
+    return call
 
 
 def _with_gradient(model: nn.Module, names: Sequence[str]) -> list[str]:

@@ -168,6 +168,12 @@ class Factored(PerSampleGradient):
             out[samples] = (first * second).sum(1)
         return out
 
+    @override
+    def contracted(self, vector: Tensor, axis: int) -> Tensor:
+        kept, other = (self.left, self.right) if axis == 0 else (self.right, self.left)
+        weights = _wide(other) @ vector.to(_wide(other).dtype)
+        return torch.bmm(weights.unsqueeze(1), _wide(kept)).squeeze(1)
+
     def _blocks(self, width: int) -> Iterator[slice]:
         """Samples at a time, so that ``width`` values for each of their positions fit a tile."""
         step = max(1, tile_bytes(self.device) // max(1, 4 * self.positions * width))

@@ -77,6 +77,26 @@ class PerSampleGradient(ABC):
             For each partition ``[n, pieces]``.
         """
 
+    def contracted(self, vector: Tensor, axis: int) -> Tensor:
+        """Each sample's gradient, contracted with one vector over every axis but one.
+
+        Args:
+            vector: of the shape of the parameter without ``axis``.
+            axis: the axis that stays.
+
+        Returns:
+            ``[n, shape[axis]]``: for a matrix ``g_i v`` where ``axis`` is 0, and ``v' g_i`` where it is 1.
+        """
+        out = torch.zeros(self.n, self.shape[axis], dtype=torch.float32, device=self.device)
+        for samples, rows, tile in self.tiles():
+            if axis == 0:
+                out[samples, rows] = (tile * vector).flatten(2).sum(2) if vector.dim() else tile * vector
+            else:
+                weight = vector[rows].unsqueeze(axis)
+                others = [d + 1 for d in range(len(self.shape)) if d != axis]
+                out[samples] += (tile * weight).sum(others)
+        return out
+
     @abstractmethod
     def gram(self, other: PerSampleGradient | None = None) -> Tensor:
         """Inner products ``<g_i, g'_j>``, ``[n, m]``; with itself when ``other`` is None."""

@@ -129,6 +129,15 @@ class Rows(PerSampleGradient):
     def dots(self, theta: Tensor, partitions: Sequence[Partition | None]) -> list[Tensor]:
         return self._sums(self.values * theta[self.row].to(self.values.dtype), partitions)
 
+    @override
+    def contracted(self, vector: Tensor, axis: int) -> Tensor:
+        out = torch.zeros(self.n, self.shape[axis], dtype=self.values.dtype, device=self.device)
+        if axis == 0:
+            out[self.sample, self.row] = self.values @ vector.to(self.values.dtype)
+            return out
+        weights = vector[self.row].to(self.values.dtype).unsqueeze(1)
+        return out.index_add_(0, self.sample, self.values * weights)
+
     def _sums(self, products: Tensor, partitions: Sequence[Partition | None]) -> list[Tensor]:
         """Sums of ``products [m, E]`` per sample over the pieces of partitions."""
         marginals: dict[int, Tensor] = {}

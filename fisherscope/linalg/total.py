@@ -71,6 +71,10 @@ class Total(PerSampleGradient):
         return [torch.stack(found).sum(0) for found in zip(*by_part, strict=True)]
 
     @override
+    def contracted(self, vector: Tensor, axis: int) -> Tensor:
+        return torch.stack([part.contracted(vector, axis) for part in self.parts]).sum(0)
+
+    @override
     def gram(self, other: PerSampleGradient | None = None) -> Tensor:
         theirs = self if other is None else other
         out = torch.zeros(self.n, theirs.n, device=self.device)

@@ -22,9 +22,9 @@ from fisherscope.instrument.backpack.module_extension import save_quantity
 from fisherscope.instrument.backpack.owners import given_every_position, owners_of, unseen
 from fisherscope.instrument.backpack.pieces import Pieces
 from fisherscope.instrument.backpack.quantities import quantity_of
+from fisherscope.instrument.batch_axes import floating
 from fisherscope.instrument.hooks import on_gradient
 from fisherscope.instrument.lookup import lookup_of
-from fisherscope.instrument.replay import floating
 from fisherscope.instrument.rules import find_rule
 
 MARK = "_backpack_extend"  # BackPACK's own: what bears it is not extended again
@@ -66,7 +66,8 @@ class BackpackTap:
         self._parameter_handles: list[Any] = []
         for module, path in self._watched.items():
             hook = partial(self._after_call, path)
-            self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+            # before other people's, which may change what the module returns
+            self._handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
             setattr(module, MARK, True)
 
     def remove(self) -> None:
@@ -142,7 +143,7 @@ class BackpackTap:
             fault = self._not_begun(path)
         else:
             try:
-                found = lookup_of(module, args, kwargs, output, n)
+                found = lookup_of(module, module.forward, args, kwargs, output, n)
             except FisherscopeError as error:
                 fault = f"{path}: {error}; {_FREEZE}"
         if found is not None and found.is_shared and n is not None:
