@@ -23,6 +23,10 @@ class CoupledSamplesError(FisherscopeError):
     """The gradient of a sample depends on the other samples of its batch."""
 
 
+class ModelBusyError(FisherscopeError):
+    """Another call is collecting from the same model."""
+
+
 class NonFiniteError(FisherscopeError):
     """A weight, an activation, a loss or a gradient is NaN or infinite."""
 

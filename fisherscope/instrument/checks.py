@@ -9,15 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisherscope.errors import CoupledSamplesError, CoverageError, FisherscopeError, NonFiniteError
+from fisherscope.errors import CoupledSamplesError, FisherscopeError, NonFiniteError
 from fisherscope.instrument.batch import Batch
 from fisherscope.instrument.objectives import Objective
 
 _TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-6}
 _TOLERANCE_LOW_PRECISION = 1e-1
-_AUTOGRAD_TOLERANCE = 2e-3
-_AUTOGRAD_TOLERANCE_LOW_PRECISION = 0.5
-_SHOWN = 3
 _FLOOR = 1e-2  # of the largest group: below it, rounding may be a large part of a value
 
 
@@ -68,43 +65,13 @@ def check_rows(square: Tensor, parameter_of: Callable[[int], str], batch: Batch)
         )
 
 
-def check_against_autograd(
-    found: Tensor, reference: Tensor, parameter_of: Callable[[int], str], sample: str, dtype: torch.dtype
-) -> None:
-    """What the hooks found is what an ordinary backward pass finds.
-
-    Args:
-        found, reference: group values of the sample, ``[groups]``.
-        parameter_of: name of the parameter (or MLP) of a group.
-        sample: its id.
-        dtype: of the model's weights, or that of the rules if it is coarser.
-
-    Raises:
-        CoverageError: they differ by more than rounding, for instance because the model uses a weight without
-            calling its layer.
-    """
-    differences = _relative_differences(found, reference)
-    # a weight used twice has four times the square, one used around its layer none: rounding is far from both
-    low = dtype not in _TOLERANCE
-    tolerance = _AUTOGRAD_TOLERANCE_LOW_PRECISION if low else _AUTOGRAD_TOLERANCE
-    wrong = (differences > tolerance).nonzero().flatten().tolist()
-    if wrong:
-        names = list(dict.fromkeys(parameter_of(group) for group in wrong))
-        raise CoverageError(
-            f"the gradients of {sample} with respect to {', '.join(names[:_SHOWN])}"
-            f"{', ...' if len(names) > _SHOWN else ''} ({len(wrong)} groups) are not what autograd finds: "
-            "the model uses weights around their layers' calls, or changes what a layer returns; leave them "
-            "out with parameters=[...] (see scope.coverage() for the names)"
-        )
-
-
 def check_independence(alone: Tensor, together: Tensor, sample: str, dtype: torch.dtype) -> None:
     """The same sample has the same gradient alone and among others.
 
     Args:
         alone, together: group values of the sample, ``[groups]``.
         sample: its id.
-        dtype: of the model's weights.
+        dtype: the coarsest of the pass.
 
     Raises:
         CoupledSamplesError: the values differ by more than rounding.
@@ -116,6 +83,26 @@ def check_independence(alone: Tensor, together: Tensor, sample: str, dtype: torc
             "something couples them (batch normalisation, a loss over the whole batch, position ids that "
             "ignore padding), so per-sample gradients do not exist; use batch_size=1, remove the coupling, "
             "or pass force=True"
+        )
+
+
+def check_repetition(before: Tensor, after: Tensor, sample: str, dtype: torch.dtype) -> None:
+    """The same sample has the same gradient before and after another one.
+
+    Args:
+        before, after: group values of the sample, ``[groups]``.
+        sample: its id.
+        dtype: the coarsest of the pass.
+
+    Raises:
+        CoupledSamplesError: the values differ by more than rounding.
+    """
+    difference = float(_relative_differences(before, after).max())
+    if difference > _tolerance(dtype):
+        raise CoupledSamplesError(
+            f"the gradient of {sample} changes by {difference:.1%} when it is computed again after another "
+            "sample: a pass leaves something behind, in the model, in a hook or in the objective, so that "
+            "gradients depend on the order of samples; remove what keeps it, or pass force=True"
         )
 
 

@@ -12,15 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from fisherscope.errors import FisherscopeError, Interrupted, StoreError
 from fisherscope.instrument.cadence import Cadence, Pace
+from fisherscope.instrument.checking.proving import Proofs
+from fisherscope.instrument.checking.schedule import Schedule
 from fisherscope.instrument.checks import check_rows
 from fisherscope.instrument.extensions import Collector
 from fisherscope.instrument.extensions.group_values import GroupValues
-from fisherscope.instrument.first_checks import check_gradients, compute_error
+from fisherscope.instrument.first_checks import check_samples, compute_error
 from fisherscope.instrument.memory import is_out_of_memory, release
 from fisherscope.instrument.planning import RunPlan, TaskPlan
 from fisherscope.instrument.progress import Progress
@@ -44,7 +45,6 @@ class Collection:
         writer: the open store.
         stop: set by a signal.
         progress: told about every batch.
-        model_dtype: dtype of the model's weights, or that of the user's autocast.
         constants: arrays that hold for the whole store.
     """
 
@@ -52,7 +52,6 @@ class Collection:
     writer: StoreWriter
     stop: StopRequest
     progress: Progress
-    model_dtype: torch.dtype
     constants: dict[str, Tensor]
     _pace: Pace = field(default_factory=Pace, init=False)
     _cadence: Cadence = field(init=False)
@@ -60,8 +59,13 @@ class Collection:
     _covered: set[int] = field(default_factory=set, init=False)
     _parts: int = field(default=1, init=False)
     _applied: list[int] = field(default_factory=list, init=False)
+    _proofs: Proofs = field(init=False)
 
     def __post_init__(self) -> None:
+        options = self.plan.options
+        batches = sum(len(self.plan.share(task)) for task in self.plan.tasks)
+        schedule = Schedule(options.check, batches, options.seed)
+        self._proofs = Proofs(self.plan.batch_pass, self.plan.objective, schedule, force=options.force)
         self._cadence = Cadence(SNAPSHOT_SHARE, SNAPSHOT_SECONDS, self.plan.estimate.accumulator_bytes)
 
     def run(self) -> None:
@@ -72,7 +76,7 @@ class Collection:
         """
         new = [task for task in self.plan.tasks if not self.writer.committed_rows(task.name)]
         if new:
-            check_gradients(self.plan, new, self.model_dtype)
+            check_samples(self.plan, new)
         if len(new) == len(self.plan.tasks):
             self.writer.constants(self.constants | compute_error(self.plan))
         for task in self.plan.tasks:
@@ -106,6 +110,7 @@ class Collection:
             self._stop_if_asked(task, collectors)
         if pending:
             self.snapshot(task, collectors)
+            self._note_proofs(task)
         rows = {row for b in share for row in task.batches[b]}
         if missing := rows - self.writer.committed_rows(task.name):
             raise StoreError(
@@ -205,7 +210,8 @@ class Collection:
         size = self._at_once(task, number)
         try:
             for first in range(0, len(rows), size):
-                self._run_rows(task, rows[first : first + size], collectors, segment, start + first)
+                part = rows[first : first + size]
+                self._run_rows(task, number, part, collectors, segment, start + first)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -251,17 +257,23 @@ class Collection:
     def _run_rows(
         self,
         task: TaskPlan,
+        number: int,
         rows: Sequence[int],
         collectors: Sequence[Collector],
         segment: SegmentWriter | None,
         start: int,
     ) -> None:
         batch = self.plan.batch(task, rows)
-        losses = self.plan.batch_pass.run(batch, collectors, segment, start)
+        samples = [task.samples[row] for row in rows]
+        proof = self._proofs.begin(task.name, number, samples, collectors)
+        witnesses = () if proof is None else proof.witnesses
+        losses = self.plan.batch_pass.run(batch, collectors, segment, start, witnesses)
         values = collectors[-1]
         if isinstance(values, GroupValues):
             groups = self.plan.context.groups.groups
             check_rows(values.square, lambda g: groups[g].parameter, batch)
+        # nothing of the batch is committed before it has passed
+        self._proofs.settle(proof, batch, samples, losses)
         if segment is not None:
             put_samples(segment, start, task, rows, losses, store_text=self.plan.options.store_text)
 
@@ -276,12 +288,18 @@ class Collection:
         self.writer.snapshot(task.name, self._done, count, arrays)
         self._cadence.taken(time.monotonic() - begun, self.writer.bytes_written - before)
 
+    def _note_proofs(self, task: TaskPlan) -> None:
+        """Keep what the proofs of a task came to, beside the identity of the store."""
+        found = self._proofs.found(task.name)
+        self.writer.evidence("proof", found.to_json(task.name, self.plan.options.check))
+
     def _stop_if_asked(self, task: TaskPlan, collectors: Sequence[Collector]) -> None:
         share = self.plan.share(task)
         done = (self._done | self._covered).intersection(share)
         if self.stop.signal is None or len(done) == len(share):
             return
         self.snapshot(task, collectors)
+        self._note_proofs(task)
         name = signal.Signals(self.stop.signal).name
         raise Interrupted(
             f"stopped by {name}: {len(done)} of {len(share)} batches of task "

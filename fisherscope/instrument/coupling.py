@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fisherscope.instrument.batch import Batch
-from fisherscope.instrument.objectives import Objective
+from fisherscope.instrument.objectives import Objective, Predictions
 
 _TOLERANCE = 1e-3
 
@@ -28,8 +28,10 @@ def first_coupled_module(model: nn.Module, objective: Objective, alone: Batch, t
     Returns:
         The module's name; None where no output changes, so that it must be the loss.
     """
-    own = {name: _of_sample(output, alone) for name, output in _outputs(model, objective, alone)}
-    for name, output in _outputs(model, objective, together):
+    first, _ = module_outputs(model, objective, alone)
+    own = {name: _of_sample(output, alone) for name, output in first.items()}
+    second, _ = module_outputs(model, objective, together)
+    for name, output in second.items():
         mine, other = own.get(name), _of_sample(output, together)
         if mine is None or other is None or mine.shape != other.shape or not mine.is_floating_point():
             continue
@@ -49,15 +51,26 @@ def _of_sample(output: Tensor, batch: Batch) -> Tensor | None:
     return output[0]
 
 
-def _outputs(model: nn.Module, objective: Objective, batch: Batch) -> list[tuple[str, Tensor]]:
-    """The first tensor that each module returns at its first call, in the order in which they end."""
+def module_outputs(
+    model: nn.Module,
+    objective: Objective,
+    batch: Batch,
+    keep: Callable[[Tensor], Tensor] = lambda output: output.detach().clone(),
+) -> tuple[dict[str, Tensor], Predictions | Tensor]:
+    """What is kept of the first tensor that each module returns at its first call, in the order of ends.
+
+    Other people's hooks have had their say about it.
+
+    Returns:
+        What is kept, by the modules' names, and what the objective found.
+    """
     found: dict[str, Tensor] = {}
 
     def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
             tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
             if tensors and name not in found:
-                found[name] = tensors[0].detach().clone()
+                found[name] = keep(tensors[0])
 
         return hook
 
@@ -65,5 +78,4 @@ def _outputs(model: nn.Module, objective: Objective, batch: Batch) -> list[tuple
         for name, module in model.named_modules():
             if name:
                 stack.callback(module.register_forward_hook(watch(name)).remove)
-        objective.predict(model, batch)
-    return list(found.items())
+        return found, objective.predict(model, batch)

@@ -10,8 +10,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from fisherscope.errors import CoupledSamplesError
+from fisherscope.instrument.batch import Batch
 from fisherscope.instrument.capture import Capture
-from fisherscope.instrument.checks import check_against_autograd, check_independence
+from fisherscope.instrument.checks import check_independence, check_repetition
 from fisherscope.instrument.coupling import first_coupled_module
 from fisherscope.instrument.emission import Emission
 from fisherscope.instrument.extensions.base import Collector
@@ -21,41 +22,41 @@ from fisherscope.instrument.planning import RunPlan, TaskPlan
 from fisherscope.store import SegmentWriter
 
 
-def check_gradients(run: RunPlan, tasks: Sequence[TaskPlan], model_dtype: torch.dtype) -> None:
-    """A sample has the gradient that autograd finds, and the same beside a longer one.
+def check_samples(run: RunPlan, tasks: Sequence[TaskPlan]) -> None:
+    """A sample has the same gradient alone, beside a longer one, and once more after it.
 
     Args:
         run: the plan.
         tasks: those to choose the sample from.
-        model_dtype: in which the model's forward pass runs.
 
     Raises:
-        CoverageError: the hooks see something else than autograd.
         CoupledSamplesError: samples influence each other, and it was not forced.
     """
     # padding is what couples samples most often: take the planned batch with the most of it
     task, rows = max(((task, rows) for task in tasks for rows in task.batches), key=_padding)
-    sample, groups = f"{task.name}_{rows[-1]}", run.context.groups.groups
+    sample = f"{task.name}_{rows[-1]}"
     values = GroupValues(run.context)
+
+    def squares(batch: Batch) -> Tensor:
+        run.batch_pass.run(batch, [values])
+        return values.square[0].double().cpu()
+
     single = run.batch(task, rows[-1:])
-    run.batch_pass.run(single, [values])
-    alone = values.square[0].double().cpu()
-    reference = run.batch_pass.by_autograd(single)
-    coarser = max(model_dtype, run.batch_pass.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-    check_against_autograd(alone, reference, lambda g: groups[g].parameter, sample, coarser)
-    if len(rows) == 1:
-        return
-    pair = run.batch(task, (rows[-1], rows[0]))
+    alone, dtype = squares(single), run.batch_pass.coarsest
+    pair = run.batch(task, (rows[-1], rows[0])) if len(rows) > 1 else None
+    other = run.batch(task, task.batches[0][:1]) if pair is None else pair
     try:
-        run.batch_pass.run(pair, [values])
+        found = squares(other)
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
             return  # where two do not fit, samples are run one by one
         raise
     try:
-        check_independence(alone, values.square[0].double().cpu(), sample, model_dtype)
+        if pair is not None:
+            check_independence(alone, found, sample, dtype)
+        check_repetition(alone, squares(single), sample, dtype)
     except CoupledSamplesError as error:
-        where = first_coupled_module(run.batch_pass.model, run.objective, single, pair)
+        where = first_coupled_module(run.batch_pass.model, run.objective, single, other)
         named = f"the first to give it another output is {where}" if where else "it is the loss that does so"
         if not run.options.force:
             raise CoupledSamplesError(f"{error} ({named})") from None

@@ -58,6 +58,12 @@ def draws(source: str, predictions: Predictions, batch: Batch, *, count: int, se
     return makers[source]()
 
 
+def number_of_draws(source: str, predictions: Predictions, *, count: int) -> int:
+    """How many backward passes :func:`draws` makes."""
+    labels = int(predictions.place.max()) + 1
+    return {"sampled": count, "exact": labels * predictions.logits.shape[1]}.get(source, labels)
+
+
 def _sampled(predictions: Predictions, batch: Batch, count: int, seed: int) -> Iterator[Draw]:
     """Labels drawn from what the model predicts: F in expectation, the mean of ``count`` squares."""
     uniform = _uniform(predictions, batch, count, seed)

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from fisherscope.instrument.checking.schedule import CHECKS, Check
 from fisherscope.instrument.extensions import (
     Extension,
     Fisher,
@@ -43,6 +44,7 @@ class CollectOptions:
     world_size: int = 1
     seed: int = 0
     force: bool = False
+    check: Check = "auto"
     quiet: bool = False
 
     def __post_init__(self) -> None:
@@ -67,6 +69,8 @@ class CollectOptions:
                 f"compute_dtype={self.compute_dtype!r}: use 'float32', 'float64' or 'bfloat16'; "
                 "float16 cannot hold squared gradients"
             )
+        if self.check not in CHECKS:
+            raise ValueError(f"check={self.check!r}: use one of {', '.join(map(repr, CHECKS))}")
         if not 0 <= self.rank < self.world_size <= 10_000:
             raise ValueError(
                 f"rank={self.rank} of world_size={self.world_size}: ranks are 0 to world_size - 1"

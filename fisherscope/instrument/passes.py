@@ -5,7 +5,7 @@ Only quantities of other labels than the data's take further backward passes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +14,13 @@ from fisherscope.adapters.modules import output_axis
 from fisherscope.errors import FisherscopeError
 from fisherscope.instrument.batch import Batch
 from fisherscope.instrument.by_position import LinearMaps
+from fisherscope.instrument.checking.witness import Witness
 from fisherscope.instrument.checks import check_losses
 from fisherscope.instrument.emission import Emission, Sinks
 from fisherscope.instrument.extensions.base import Collector, Context
 from fisherscope.instrument.hooks import GradientTap
-from fisherscope.instrument.label_sources import draws
+from fisherscope.instrument.label_sources import draws, number_of_draws
 from fisherscope.instrument.objectives import Objective, Predictions
-from fisherscope.instrument.reference import group_squares
 from fisherscope.instrument.targets import Targets
 from fisherscope.layout import GroupTable
 from fisherscope.linalg import Dense, PerSampleGradient
@@ -35,6 +35,7 @@ class BatchPass:
         model: the model.
         linear_maps: which parameters are weights of linear maps.
         dtype: in which rules multiply.
+        seed: of what is drawn at random.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class BatchPass:
         """Nothing is hooked before :meth:`run`."""
         self.model = model
         self._targets = targets
-        self._seed = seed
+        self.seed = seed
         self._objective = objective
         self._context = context
         self._tap = GradientTap(
@@ -67,7 +68,7 @@ class BatchPass:
 
     def computing_in(self, dtype: torch.dtype) -> BatchPass:
         """The same with another compute dtype."""
-        return BatchPass(self.model, self._targets, self._objective, self._context, dtype, seed=self._seed)
+        return BatchPass(self.model, self._targets, self._objective, self._context, dtype, seed=self.seed)
 
     def run(
         self,
@@ -75,6 +76,7 @@ class BatchPass:
         collectors: Sequence[Collector],
         segment: SegmentWriter | None = None,
         start: int = 0,
+        witnesses: Sequence[Witness] = (),
     ) -> Tensor:
         """Feed the collectors from one backward pass.
 
@@ -83,6 +85,7 @@ class BatchPass:
             collectors: who consumes the gradients.
             segment: where per-sample rows go, None for aggregates alone.
             start: the batch's first row in the segment.
+            witnesses: who watches the backward passes for a proof, one for each label source.
 
         Returns:
             Losses L_i, ``[n]`` float64 on the CPU.
@@ -90,15 +93,16 @@ class BatchPass:
         self._batch = batch
         self._segment, self._start = segment, start
         try:
-            return self._run(batch, collectors)
+            return self._run(batch, collectors, {witness.labels: witness for witness in witnesses})
         finally:
             # what a failed pass was doing must not outlive it: accumulators are large
             self._batch, self._collectors, self._segment = None, (), None
 
-    def _run(self, batch: Batch, collectors: Sequence[Collector]) -> Tensor:
-        by_data = [collector for collector in collectors if collector.labels == "data"]
+    def _run(self, batch: Batch, collectors: Sequence[Collector], witnesses: dict[str, Witness]) -> Tensor:
+        watching = [witnesses["data"]] if "data" in witnesses else []
+        by_data = [*(collector for collector in collectors if collector.labels == "data"), *watching]
         others = [collector for collector in collectors if collector.labels != "data"]
-        for collector in collectors:
+        for collector in (*collectors, *witnesses.values()):
             collector.begin(len(batch))
         with self._tap.attached(len(batch), *batch.widths):
             found = self._objective.predict(self.model, batch)
@@ -106,12 +110,14 @@ class BatchPass:
             check_losses(losses, self.model, self._objective, batch)
             self._backward(losses, by_data, self._normalization(batch), keep_graph=bool(others))
             for collector in others:
-                self._further_passes(collector, found, batch)
+                self._further_passes(collector, found, batch, witnesses.get(collector.labels))
         for collector in collectors:
             collector.end(self._segment, self._start)
         return losses.detach().double().cpu()
 
-    def _further_passes(self, collector: Collector, found: Predictions | Tensor, batch: Batch) -> None:
+    def _further_passes(
+        self, collector: Collector, found: Predictions | Tensor, batch: Batch, witness: Witness | None
+    ) -> None:
         """The backward passes of one label source, over the graph that there is."""
         if not isinstance(found, Predictions):
             raise FisherscopeError(
@@ -120,9 +126,13 @@ class BatchPass:
             )
         normalization = self._normalization(batch)
         per_token = torch.from_numpy(factors(batch.tokens.cpu(), "per_token")).float()
-        for draw in draws(collector.labels, found, batch, count=collector.draws, seed=self._seed):
+        if witness is not None:
+            witness.choose_draw(number_of_draws(collector.labels, found, count=collector.draws))
+        passes = draws(collector.labels, found, batch, count=collector.draws, seed=self.seed)
+        for number, draw in enumerate(passes):
             weights = per_token if draw.weight is None else normalization * draw.weight**0.5
-            self._backward(draw.losses, [collector], weights, keep_graph=True)
+            watching = [witness] if witness is not None and witness.draw == number else []
+            self._backward(draw.losses, [collector, *watching], weights, keep_graph=True)
 
     def _backward(
         self, losses: Tensor, collectors: Sequence[Collector], weights: Tensor, *, keep_graph: bool
@@ -148,11 +158,25 @@ class BatchPass:
         with self._tap.attached(len(batch), *batch.widths):
             return self._objective.predict(self.model, batch)
 
-    def by_autograd(self, batch: Batch) -> Tensor:
-        """``sum g ** 2`` of each group for a batch of one sample, ``[groups]``, by an ordinary backward."""
-        return group_squares(
-            self.model, self._objective, batch, self._context.parameters, self._context.groups
-        )
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """Names and values of the instrumented parameters."""
+        return self._context.parameters
+
+    @property
+    def device(self) -> torch.device:
+        """Where accumulators live."""
+        return self._context.device
+
+    @property
+    def called(self) -> frozenset[str]:
+        """Paths of the watched modules that the last batch called."""
+        return self._tap.called
+
+    @property
+    def coarsest(self) -> torch.dtype:
+        """The coarsest dtype of what the watched layers of the last batch gave, and of the products."""
+        return max(self._tap.dtypes | {self.dtype}, key=lambda dtype: torch.finfo(dtype).eps)
 
     def _emit(self, name: str, gradient: PerSampleGradient) -> None:
         if self._batch is None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from fisherscope.errors import CoupledSamplesError
 from fisherscope.instrument.batch import Batch, make_batch
+from fisherscope.instrument.checking.state import find_state
 from fisherscope.instrument.choosing_encodings import ChosenEncodings, choose_encodings
 from fisherscope.instrument.data import Sample
 from fisherscope.instrument.estimate import Estimate, estimate_bytes, mean_lengths
@@ -194,12 +197,18 @@ class Planner:
         options: CollectOptions,
         objective: Objective,
     ) -> RunPlan:
-        """The same for samples that are read already."""
+        """The same for samples that are read already.
+
+        Raises:
+            CoupledSamplesError: the model does not repeat itself, and it was not forced.
+        """
         context = self._context(options)
         batch_pass = BatchPass(
             self._facts.model, self._targets, objective, context, options.torch_dtype, seed=options.seed
         )
         side, pad = self._facts.pad_side(objective), self._facts.pad_id()
+        # before any other pass: what is left behind by the longest sample shows in those that come later
+        self._refuse_state(samples, options, objective, pad, side)
         chosen = self._encodings(batch_pass, samples, options, pad, side)
         estimate = estimate_bytes(
             self._layout,
@@ -230,6 +239,33 @@ class Planner:
         return RunPlan(
             options, objective, plans, limits, budget, estimate, context, batch_pass, pad, side, chosen
         )
+
+    def _refuse_state(
+        self,
+        tasks: Mapping[str, Sequence[Sample]],
+        options: CollectOptions,
+        objective: Objective,
+        pad: int,
+        side: Literal["left", "right"],
+    ) -> None:
+        """Refuse a model that gives the same sample something else another time.
+
+        Raises:
+            CoupledSamplesError: it does, and it was not forced.
+        """
+        places = [(task, row) for task, rows in tasks.items() for row in range(len(rows))]
+        lengths = [tasks[task][row].cost for task, row in places]
+
+        def make(place: int) -> Batch:
+            task, row = places[place]
+            return make_batch(task, [row], tasks[task], pad_id=pad, side=side, device=self._facts.device)
+
+        with random_state(options.seed, deterministic=options.deterministic), prepared(self._facts.model):
+            found = find_state(self._facts.model, objective, make, lengths)
+        if found is not None:
+            if not options.force:
+                raise CoupledSamplesError(found)
+            warnings.warn(f"going on by force: {found}", stacklevel=2)
 
     def header(self, plan: RunPlan) -> StoreHeader:
         """Of the run's store; hashes the weights."""

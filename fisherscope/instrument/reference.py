@@ -2,53 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
-import torch
-from torch import Tensor, nn
-
-from fisherscope.instrument.batch import Batch
-from fisherscope.instrument.objectives import Objective
-from fisherscope.layout import GroupTable
-from fisherscope.linalg import Dense
-
-
-def group_squares(
-    model: nn.Module,
-    objective: Objective,
-    batch: Batch,
-    parameters: Mapping[str, nn.Parameter],
-    groups: GroupTable,
-) -> Tensor:
-    """``sum g ** 2`` of each group by an ordinary backward pass, for a batch of one sample.
-
-    One parameter's gradient at a time is alive; ``requires_grad`` and ``.grad`` are restored.
-
-    Returns:
-        ``[groups]``, float64 on the CPU.
-    """
-    squares = torch.zeros(len(groups), dtype=torch.float64)
-
-    def reduce(name: str, gradient: Tensor) -> None:
-        members = groups.members[name]
-        norms = Dense(gradient.float().unsqueeze(0)).norms([m.partition for m in members])
-        for member, values in zip(members, norms, strict=True):
-            squares[member.first : member.first + values.shape[1]] += values[0].double().cpu()
-
-    with ExitStack() as stack:
-        stack.enter_context(tracked(parameters.values()))
-        for name, parameter in parameters.items():
-
-            def hook(parameter: Tensor, name: str = name) -> None:
-                if parameter.grad is not None:
-                    reduce(name, parameter.grad)
-                parameter.grad = None
-
-            handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
-            stack.callback(handle.remove)
-        objective.losses(model, batch).sum().backward()  # type: ignore[no-untyped-call]
-    return squares
+from torch import nn
 
 
 @contextmanager

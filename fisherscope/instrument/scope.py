@@ -17,8 +17,10 @@ from torch import nn
 from fisherscope.adapters import resolve
 from fisherscope.adapters.unwrap import unwrap, unwrap_pipeline
 from fisherscope.instrument.capture import Factors
+from fisherscope.instrument.checking.schedule import Check
 from fisherscope.instrument.collection import SEALED_AHEAD, Collection
 from fisherscope.instrument.estimate import Estimate
+from fisherscope.instrument.exclusive import exclusive
 from fisherscope.instrument.extensions import Extension
 from fisherscope.instrument.guards import (
     nothing_half_written,
@@ -88,8 +90,9 @@ def wrap(
     """
     model, tokenizer = unwrap_pipeline(model, tokenizer)
     model = unwrap(model)
-    layout = resolve(model, adapter=adapter, verify=verify, strict=strict)
-    return Scope(model, tokenizer, layout, parameters)
+    with exclusive(model):
+        layout = resolve(model, adapter=adapter, verify=verify, strict=strict)
+        return Scope(model, tokenizer, layout, parameters)
 
 
 class Scope:
@@ -155,13 +158,14 @@ class Scope:
             An :class:`~fisherscope.instrument.estimate.Estimate`; print it.
         """
         begun = time.perf_counter()
-        plan = self._planner.plan(tasks, CollectOptions(extensions=extensions, **options))
-        if not measure:
-            return plan.estimate
-        header, constants = self._planner.header(plan), self._constants(plan)
-        prepared_in = time.perf_counter() - begun
-        where = None if directory is None else Path(directory)
-        trial = try_run(plan, header, constants, self._forward_dtype(), where)
+        with exclusive(self.model):
+            plan = self._planner.plan(tasks, CollectOptions(extensions=extensions, **options))
+            if not measure:
+                return plan.estimate
+            header, constants = self._planner.header(plan), self._constants(plan)
+            prepared_in = time.perf_counter() - begun
+            where = None if directory is None else Path(directory)
+            trial = try_run(plan, header, constants, where)
         memory = plan.estimate.memory_bytes if trial.memory_bytes is None else trial.memory_bytes
         return replace(plan.estimate, seconds=prepared_in + trial.seconds, memory_bytes=memory)
 
@@ -185,6 +189,7 @@ class Scope:
         world_size: int = 1,
         seed: int = 0,
         force: bool = False,
+        check: Check = "auto",
         quiet: bool = False,
     ) -> ContributionStore:
         """Collect the tasks into a store, batch by batch, from one backward pass each.
@@ -222,8 +227,11 @@ class Scope:
                 takes its share of the batches.
             world_size: how many processes collect into this store at once.
             seed: of sampled labels, of masks, and of the random state that objectives see.
-            force: go on, with a warning, where samples influence each other within a batch; what is stored is
-                then the gradient of something else than single samples.
+            force: go on, with a warning, where samples influence each other, within a batch or from one pass
+                to the next; what is stored is then the gradient of something else than single samples.
+            check: which batches are proved by an ordinary backward pass of randomly weighted losses. "auto":
+                the first, the first of each structure and a share of the others that costs about 2 % of a
+                long run; "every"; "first"; or "off".
             quiet: no progress.
 
         Returns:
@@ -235,6 +243,7 @@ class Scope:
             CoupledSamplesError: samples influence each other within a batch, and not ``force``.
             CoverageError: the hooks do not see what autograd finds, or hooks on parameters change gradients.
             StoreError: the directory holds something else, or the disk is too small.
+            ModelBusyError: another call is collecting from the same model.
             Interrupted: stopped by Ctrl-C or SIGTERM; what was done is sealed.
         """
         options = CollectOptions(
@@ -253,37 +262,39 @@ class Scope:
             world_size=world_size,
             seed=seed,
             force=force,
+            check=check,
             quiet=quiet,
         )
-        refuse_changed_gradients(self.model)
         path = Path(out)
-        plan = self._planner.plan(tasks, options)
-        header = self._planner.header(plan)
-        refuse_if_disk_is_small(plan.estimate, path)
-        with ExitStack() as stack:
-            writer = stack.enter_context(
-                StoreWriter.open(
-                    path,
-                    header,
-                    rank=rank,
-                    durability=options.durability,
-                    resume=options.resume,
-                    world_size=world_size,
-                    queue=SEALED_AHEAD,
+        with exclusive(self.model):
+            refuse_changed_gradients(self.model)
+            plan = self._planner.plan(tasks, options)
+            header = self._planner.header(plan)
+            refuse_if_disk_is_small(plan.estimate, path)
+            with ExitStack() as stack:
+                writer = stack.enter_context(
+                    StoreWriter.open(
+                        path,
+                        header,
+                        rank=rank,
+                        durability=options.durability,
+                        resume=options.resume,
+                        world_size=world_size,
+                        queue=SEALED_AHEAD,
+                    )
                 )
-            )
-            stack.enter_context(nothing_half_written(writer))
-            plan = plan.settled(writer)
-            if options.store_text:
-                writer.token_texts(texts_of_tokens(self.tokenizer, plan))
-            stop = stack.enter_context(stop_on_signals())
-            stack.enter_context(random_state(options.seed, deterministic=options.deterministic))
-            stack.enter_context(prepared(self.model))
-            if not options.quiet:
-                sys.stderr.write(f"collect: {plan.estimate}; {plan.limits}\n")
-            count = sum(plan.share_rows(task) for task in plan.tasks)
-            bar = stack.enter_context(progress(count, quiet=options.quiet))
-            Collection(plan, writer, stop, bar, self._forward_dtype(), self._constants(plan)).run()
+                stack.enter_context(nothing_half_written(writer))
+                plan = plan.settled(writer)
+                if options.store_text:
+                    writer.token_texts(texts_of_tokens(self.tokenizer, plan))
+                stop = stack.enter_context(stop_on_signals())
+                stack.enter_context(random_state(options.seed, deterministic=options.deterministic))
+                stack.enter_context(prepared(self.model))
+                if not options.quiet:
+                    sys.stderr.write(f"collect: {plan.estimate}; {plan.limits}\n")
+                count = sum(plan.share_rows(task) for task in plan.tasks)
+                bar = stack.enter_context(progress(count, quiet=options.quiet))
+                Collection(plan, writer, stop, bar, self._constants(plan)).run()
         return open_store(path)
 
     def gradients(
@@ -322,8 +333,9 @@ class Scope:
         options = CollectOptions(
             extensions=(), objective=objective, compute_dtype=compute_dtype, memory_budget=memory_budget
         )
-        again = self._rerun(store, ids, tasks, options)
-        return gradients_again(again, chosen_parameters(self.parameters, parameters))
+        with exclusive(self.model):
+            again = self._rerun(store, ids, tasks, options)
+            return gradients_again(again, chosen_parameters(self.parameters, parameters))
 
     def factors(
         self,
@@ -365,9 +377,10 @@ class Scope:
             extensions=(), objective=objective, compute_dtype=compute_dtype, memory_budget=memory_budget
         )
         ids = list(dict.fromkeys((ids,) if isinstance(ids, str) else ids))
-        again = self._rerun(store, ids, tasks, options)
-        known = [n for n in self.parameters if parameters is not None or n in again.weights]
-        found = factors_again(again, self.layout, chosen_parameters(known, parameters))
+        with exclusive(self.model):
+            again = self._rerun(store, ids, tasks, options)
+            known = [n for n in self.parameters if parameters is not None or n in again.weights]
+            found = factors_again(again, self.layout, chosen_parameters(known, parameters))
         return dict(zip(ids, found, strict=True))
 
     def _rerun(
@@ -379,12 +392,6 @@ class Scope:
     ) -> Rerun:
         opened = store if isinstance(store, ContributionStore) else open_store(store)
         return rerun(opened, ids, self._planner, self._facts, tasks, options)
-
-    def _forward_dtype(self) -> torch.dtype:
-        """Of the model's weights, or of the autocast that the user has it run in."""
-        device = self._facts.device.type
-        enabled = torch.is_autocast_enabled(device)
-        return torch.get_autocast_dtype(device) if enabled else self._facts.dtype
 
     def _constants(self, plan: RunPlan) -> dict[str, torch.Tensor]:
         return {"groups/theta_square": self._theta_square(plan.context.groups)}

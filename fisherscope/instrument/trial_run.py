@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fisherscope.instrument.collection import SNAPSHOT_SHARE, Collection
-from fisherscope.instrument.first_checks import check_gradients
+from fisherscope.instrument.first_checks import check_samples
 from fisherscope.instrument.guards import random_state
 from fisherscope.instrument.memory import PeakMemory
 from fisherscope.instrument.planning import RunPlan, TaskPlan
@@ -52,7 +51,6 @@ def try_run(
     plan: RunPlan,
     header: StoreHeader,
     constants: dict[str, Tensor],
-    model_dtype: torch.dtype,
     directory: Path | None = None,
 ) -> Trial:
     """Run some batches of a plan, the largest among them, into a store that is thrown away.
@@ -61,7 +59,6 @@ def try_run(
         plan: of the run.
         header: of its store.
         constants: as of the run.
-        model_dtype: in which the model's forward pass runs.
         directory: on the disk that the run will write to; by default where temporary files go.
     """
     options, clock = plan.options, _Clock()
@@ -74,7 +71,7 @@ def try_run(
             PeakMemory(plan.context.device) as memory,
         ):
             plan = plan.settled(writer)
-            collection = Collection(plan, writer, StopRequest(), clock, model_dtype, constants)
+            collection = Collection(plan, writer, StopRequest(), clock, constants)
             seconds = _Stopwatch(plan, collection, clock).seconds()
     return Trial(seconds, memory.bytes)
 
@@ -89,7 +86,7 @@ class _Stopwatch:
         """Of all batches, commits and snapshots, from those of a few."""
         tasks = self.plan.tasks
         begun = time.perf_counter()
-        check_gradients(self.plan, tasks, self.collection.model_dtype)
+        check_samples(self.plan, tasks)
         total = time.perf_counter() - begun
         task = max(tasks, key=lambda task: _positions(task, task.batches[0]))
         numbers = _spread(len(task.batches))

@@ -381,7 +381,7 @@ def test_weights_that_the_loss_does_not_depend_on(tmp_path: Path) -> None:
     data = models.rows(4)
     scope = fs.wrap(model, parameters=["*mlp*"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fisherscope.instrument.collection.check_gradients", lambda *args: None)
+        patch.setattr("fisherscope.instrument.collection.check_samples", lambda *args: None)
         store = scope.collect({"a": data}, tmp_path / "b.fs", extensions=(made,), batch_size=4, quiet=True)
     assert store.encoding(name) == "factored"
     assert not store.gradients("a", name).any()
@@ -396,7 +396,7 @@ def test_inputs_that_stop_being_one_are_refused(tmp_path: Path) -> None:
     scope = fs.wrap(model, parameters="attention")
     made = fs.SampleGradients(encoding="factored", dtype="float32")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fisherscope.instrument.collection.check_gradients", lambda *args: None)
+        patch.setattr("fisherscope.instrument.collection.check_samples", lambda *args: None)
         with pytest.raises(CoverageError, match=r'no longer given what that.*encoding="dense"'):
             scope.collect(
                 {"a": models.rows(4)}, tmp_path / "run.fs", extensions=(made,), batch_size=4, quiet=True
@@ -424,7 +424,7 @@ def test_padding_that_has_a_gradient_is_refused(tmp_path: Path) -> None:
     even = [{"input_ids": [5, 6, 7, 8, 9, 10]} for _ in range(3)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fisherscope.instrument.planning.two_short", lambda tasks: ("a", [0, 1]))
-        patch.setattr("fisherscope.instrument.collection.check_gradients", lambda *args: None)
+        patch.setattr("fisherscope.instrument.collection.check_samples", lambda *args: None)
         with pytest.raises(CoverageError, match=r'padding has a part in it.*encoding="dense"'):
             scope.collect(
                 {"a": [*even, {"input_ids": [3, 4, 5]}]}, tmp_path / "b.fs", batch_size=4, **options

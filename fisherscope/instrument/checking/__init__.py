@@ -1,0 +1,1 @@
+"""Whether what is collected is right: proofs of batches, state between passes, a store's own model."""

@@ -1,0 +1,110 @@
+"""What is said where a batch does not pass its proof: which samples, which module, and likely causes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from fisherscope.errors import CoverageError
+from fisherscope.instrument.batch import Batch
+from fisherscope.instrument.checking.gradient_hooks import ChangedGradients
+from fisherscope.instrument.checking.proof import Deviation, Tolerance
+from fisherscope.instrument.checking.witness import Witness, project
+from fisherscope.instrument.coupling import first_coupled_module
+from fisherscope.instrument.forwards import has_replaced_forward
+from fisherscope.instrument.objectives import Objective
+from fisherscope.instrument.passes import BatchPass
+
+_SHOWN = 5
+
+
+def refuse_changed(changed: ChangedGradients) -> None:
+    """Refuse hooks that give autograd other gradients than those of the loss.
+
+    Raises:
+        CoverageError: there are some.
+    """
+    if changed.found:
+        names = list(changed.found)
+        raise CoverageError(
+            f"hooks change gradients in the backward pass: {', '.join(names[:_SHOWN])}"
+            f"{', ...' if len(names) > _SHOWN else ''}. What is collected are gradients of the loss, so "
+            "remove these hooks (the handles that registering them returned) first"
+        )
+
+
+def refuse_other_losses(
+    model: nn.Module, objective: Objective, batch: Batch, ours: Tensor, other: Tensor, tolerance: Tolerance
+) -> None:
+    """The same batch has the same losses when it is run again.
+
+    Raises:
+        CoverageError: it has not.
+    """
+    first, second = ours.detach().double().cpu(), other.detach().double().cpu()
+    wrong = (first - second).abs() > tolerance.linear * (first.abs() + 1.0)
+    if bool(wrong.any()):
+        i = int(wrong.nonzero()[0])
+        where = first_coupled_module(model, objective, batch, batch) or "the loss itself"
+        raise CoverageError(
+            f"the loss of {batch.sample_id(i)} is {float(first[i]):.6g} with the layers watched and "
+            f"{float(second[i]):.6g} without, in the same batch and from the same random state: the model "
+            f"does not repeat itself, or it notices that it is watched. The first to differ is {where}; make "
+            "it repeatable, or leave its parameters out with parameters=[...]"
+        )
+
+
+def explain(batch_pass: BatchPass, batch: Batch, losses: Tensor, witness: Witness, worst: Deviation) -> str:
+    """The message of a proof that failed.
+
+    Args:
+        batch_pass: what ran the batch.
+        batch: the samples.
+        losses: of an ordinary forward pass whose graph is still there, ``[n]``.
+        witness: what our pass found.
+        worst: the largest deviation.
+    """
+    path, _, _ = worst.parameter.rpartition(".")
+    samples = _deviating(batch_pass, batch, losses, witness, worst)
+    causes = list(_causes(batch_pass.model.get_submodule(path), path))
+    return (
+        f"the {worst.what} of {samples} with respect to {worst.parameter} are not what autograd finds: an "
+        f"ordinary backward pass of the same batch, with random weights, is off by {worst.size:.2g}, and "
+        f"{worst.tolerance:.0e} would be rounding. Nothing of this batch is stored. {' '.join(causes)} Leave "
+        f"the parameter out with parameters=[...] (scope.coverage() lists the names), or see whether "
+        "batch_size=1 agrees"
+    )
+
+
+def _deviating(
+    batch_pass: BatchPass, batch: Batch, losses: Tensor, witness: Witness, worst: Deviation
+) -> str:
+    """The samples whose own gradients differ, by a backward pass for each."""
+    name, found = worst.parameter, []
+    parameter, seen = batch_pass.parameters[name], witness.projected[name]
+    axis, vector = next(witness.vectors(name, tuple(parameter.shape), seen.members, parameter.device))
+    try:
+        for i in range(len(batch)):
+            (gradient,) = torch.autograd.grad(losses[i], [parameter], retain_graph=True, allow_unused=True)
+            dense = torch.zeros_like(parameter) if gradient is None else gradient.to_dense()
+            mine, other = seen.by_axis[axis][i].double(), project(dense, vector, axis).double()
+            if float((mine - other).norm()) > worst.tolerance * float(mine.norm() + other.norm()):
+                found.append(batch.sample_id(i))
+    except RuntimeError:  # parts that are checkpointed in the older way know no gradient of one parameter
+        found = []
+    names = found or [batch.sample_id(i) for i in range(len(batch))]
+    return ", ".join(names[:_SHOWN]) + (f", ... ({len(names)} samples)" if len(names) > _SHOWN else "")
+
+
+def _causes(module: nn.Module, path: str) -> Iterator[str]:
+    """What may be the reason, as far as it shows."""
+    if has_replaced_forward(module):
+        yield f"Somebody has replaced the forward of {path}."
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    if hooks:
+        yield f"There are {len(hooks)} hooks on {path}."
+    if hasattr(module, "parametrizations"):
+        yield f"The weights of {path} are computed (torch.nn.utils.parametrize)."
+    yield "Usual causes: a weight that is used around its layer's call, a rule that does not fit its layer."
