@@ -253,15 +253,13 @@ class Planner:
         Raises:
             CoupledSamplesError: it does, and it was not forced.
         """
-        places = [(task, row) for task, rows in tasks.items() for row in range(len(rows))]
-        lengths = [tasks[task][row].cost for task, row in places]
+        named = {f"{task}_{row}": sample for task, rows in tasks.items() for row, sample in enumerate(rows)}
 
-        def make(place: int) -> Batch:
-            task, row = places[place]
-            return make_batch(task, [row], tasks[task], pad_id=pad, side=side, device=self._facts.device)
+        def make(sample: Sample) -> Batch:
+            return make_batch("run", [0], [sample], pad_id=pad, side=side, device=self._facts.device)
 
         with random_state(options.seed, deterministic=options.deterministic), prepared(self._facts.model):
-            found = find_state(self._facts.model, objective, make, lengths)
+            found = find_state(self._facts.model, objective, make, named)
         if found is not None:
             if not options.force:
                 raise CoupledSamplesError(found)

@@ -89,7 +89,7 @@ class BatchProof:
             refuse_changed(changed)
             largest = worst(deviations)
             if largest.excess > 1:
-                raise CoverageError(explain(self.batch_pass, batch, own, data, largest))
+                raise CoverageError(explain(self.batch_pass, batch, own, data, deviations))
         return largest, smallest_seen(weights, norms, tolerance)
 
     def _compare(

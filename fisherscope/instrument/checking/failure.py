@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from fisherscope.instrument.objectives import Objective
 from fisherscope.instrument.passes import BatchPass
 
 _SHOWN = 5
+_ALIKE = 0.2  # of the largest deviation: what is beyond that deviates likewise
 
 
 def refuse_changed(changed: ChangedGradients) -> None:
@@ -27,10 +28,9 @@ def refuse_changed(changed: ChangedGradients) -> None:
         CoverageError: there are some.
     """
     if changed.found:
-        names = list(changed.found)
         raise CoverageError(
-            f"hooks change gradients in the backward pass: {', '.join(names[:_SHOWN])}"
-            f"{', ...' if len(names) > _SHOWN else ''}. What is collected are gradients of the loss, so "
+            f"hooks change gradients in the backward pass: {_shown(list(changed.found), 'hooks')}. What is "
+            "collected are gradients of the loss, so "
             "remove these hooks (the handles that registering them returned) first"
         )
 
@@ -56,7 +56,9 @@ def refuse_other_losses(
         )
 
 
-def explain(batch_pass: BatchPass, batch: Batch, losses: Tensor, witness: Witness, worst: Deviation) -> str:
+def explain(
+    batch_pass: BatchPass, batch: Batch, losses: Tensor, witness: Witness, found: Sequence[Deviation]
+) -> str:
     """The message of a proof that failed.
 
     Args:
@@ -64,25 +66,32 @@ def explain(batch_pass: BatchPass, batch: Batch, losses: Tensor, witness: Witnes
         batch: the samples.
         losses: of an ordinary forward pass whose graph is still there, ``[n]``.
         witness: what our pass found.
-        worst: the largest deviation.
+        found: every deviation.
     """
+    wrong = sorted((d for d in found if d.excess > 1), key=lambda deviation: -deviation.excess)
+    worst, names = wrong[0], list(dict.fromkeys(deviation.parameter for deviation in wrong))
     path, _, _ = worst.parameter.rpartition(".")
     samples = _deviating(batch_pass, batch, losses, witness, worst)
     causes = list(_causes(batch_pass.model.get_submodule(path), path))
     return (
-        f"the {worst.what} of {samples} with respect to {worst.parameter} are not what autograd finds: an "
-        f"ordinary backward pass of the same batch, with random weights, is off by {worst.size:.2g}, and "
-        f"{worst.tolerance:.0e} would be rounding. Nothing of this batch is stored. {' '.join(causes)} Leave "
-        f"the parameter out with parameters=[...] (scope.coverage() lists the names), or see whether "
+        f"the {worst.what} of {samples} with respect to {_shown(names, 'parameters')} are not what autograd "
+        "finds: an ordinary backward pass of the same batch, with random weights, is off by "
+        f"{worst.size:.2g}, and {worst.tolerance:.0e} would be rounding. Nothing of this batch is stored. {' '.join(causes)} "
+        "Leave these parameters out with parameters=[...] (scope.coverage() lists the names), or see whether "
         "batch_size=1 agrees"
     )
+
+
+def _shown(names: Sequence[str], what: str) -> str:
+    more = f", ... ({len(names)} {what})" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
 
 
 def _deviating(
     batch_pass: BatchPass, batch: Batch, losses: Tensor, witness: Witness, worst: Deviation
 ) -> str:
     """The samples whose own gradients differ, by a backward pass for each."""
-    name, found = worst.parameter, []
+    name, sizes = worst.parameter, []
     parameter, seen = batch_pass.parameters[name], witness.projected[name]
     axis, vector = next(witness.vectors(name, tuple(parameter.shape), seen.members, parameter.device))
     try:
@@ -90,12 +99,11 @@ def _deviating(
             (gradient,) = torch.autograd.grad(losses[i], [parameter], retain_graph=True, allow_unused=True)
             dense = torch.zeros_like(parameter) if gradient is None else gradient.to_dense()
             mine, other = seen.by_axis[axis][i].double(), project(dense, vector, axis).double()
-            if float((mine - other).norm()) > worst.tolerance * float(mine.norm() + other.norm()):
-                found.append(batch.sample_id(i))
+            sizes.append(float((mine - other).norm() / (mine.norm() + other.norm()).clamp_min(1e-300)))
     except RuntimeError:  # parts that are checkpointed in the older way know no gradient of one parameter
-        found = []
-    names = found or [batch.sample_id(i) for i in range(len(batch))]
-    return ", ".join(names[:_SHOWN]) + (f", ... ({len(names)} samples)" if len(names) > _SHOWN else "")
+        sizes = [1.0] * len(batch)
+    wrong = [batch.sample_id(i) for i, size in enumerate(sizes) if size > _ALIKE * max(sizes)]
+    return _shown(wrong or [batch.sample_id(i) for i in range(len(batch))], "samples")
 
 
 def _causes(module: nn.Module, path: str) -> Iterator[str]:

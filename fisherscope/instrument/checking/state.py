@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from fisherscope.instrument.batch import Batch
 from fisherscope.instrument.coupling import module_outputs
+from fisherscope.instrument.data import Sample
 from fisherscope.instrument.objectives import Objective, Predictions
 
 _TOLERANCE = 1e-6  # the same call on the same machine gives the same, to the bit as a rule
 _ENTRIES = 512
+_TINY = 2  # tokens
 
 
 @dataclass(frozen=True)
@@ -59,44 +62,59 @@ def probe_rows(lengths: Sequence[int]) -> tuple[list[int], int]:
 
 
 def find_state(
-    model: nn.Module, objective: Objective, make: Callable[[int], Batch], lengths: Sequence[int]
+    model: nn.Module, objective: Objective, make: Callable[[Sample], Batch], named: Mapping[str, Sample]
 ) -> str | None:
     """Look for what makes the same sample another one when it is run again.
 
     Args:
         model: the model, made ready for collection.
         objective: runs it.
-        make: a batch of the one sample of that number.
-        lengths: positions of each sample.
+        make: a batch of one sample.
+        named: the samples of the run by their ids.
 
     Returns:
         What is wrong, in words, with the first module to give something else; None where nothing is.
     """
-    rows, longest = probe_rows(lengths)
-    run = Outputs.of
-    first = [run(model, objective, make(row)) for row in rows]
-    again = run(model, objective, make(rows[-1]))
-    sample = first[-1].batch.sample_id(0)
+    names, samples = list(named), list(named.values())
+    chosen, longest = probe_rows([sample.cost for sample in samples])
+    run_tiny(model, objective, make, samples[chosen[0]])
+    first = [Outputs.of(model, objective, make(samples[row])) for row in chosen]
+    again = Outputs.of(model, objective, first[-1].batch)
     if (where := first[-1].first_other(again)) is not None:
         return (
-            f"{sample} gives something else each time that it is run: random numbers are drawn in evaluation "
-            f"mode, or something counts passes. The first to differ is {where}. Switch that off: a gradient "
-            "that cannot be had twice is no gradient of the sample"
+            f"{names[chosen[-1]]} gives something else each time that it is run: random numbers are drawn in "
+            f"evaluation mode, or something counts passes. The first to differ is {where}. Switch that off: "
+            "a gradient that cannot be had twice is no gradient of the sample"
         )
     with torch.no_grad():
-        objective.predict(model, make(longest))
-    for before in reversed(first):
-        after = run(model, objective, before.batch)
-        if (where := before.first_other(after)) is not None:
-            other = make(longest).sample_id(0)
+        objective.predict(model, make(samples[longest]))
+    for row, before in zip(reversed(chosen), reversed(first), strict=True):
+        where = before.first_other(Outputs.of(model, objective, before.batch))
+        if where is not None:
             return (
-                f"{before.batch.sample_id(0)} gives something else after {other}, the longest sample, than "
-                f"before it: a pass leaves something behind in the model, such as a cache, or frequencies of "
-                f"rotary positions that are made anew for longer samples. The first to differ is {where}. "
-                "Switch that off (dynamic rotary scaling: make rope_scaling one that does not depend on the "
-                "length), or cut samples with max_length to where it does not set in"
+                f"{names[row]} gives something else after {names[longest]}, the longest sample, than before "
+                "it: a pass leaves something behind in the model, such as a cache, or frequencies of rotary "
+                f"positions that are made anew for longer samples. The first to differ is {where}. Switch "
+                "that off (of dynamic rotary scaling choose a kind that does not depend on the length), or "
+                "cut samples with max_length to where it does not set in"
             )
     return None
+
+
+def run_tiny(model: nn.Module, objective: Objective, make: Callable[[Sample], Batch], sample: Sample) -> None:
+    """Run the beginning of a sample: what earlier passes have left behind may go away with a short one."""
+    if len(sample.input_ids) <= _TINY:
+        return
+    beside = sample.labelling in {"next", "position"}
+    tiny = replace(
+        sample,
+        input_ids=sample.input_ids[:_TINY],
+        labels=sample.labels[:_TINY] if beside else sample.labels,
+        token_types=None if sample.token_types is None else sample.token_types[:_TINY],
+    )
+    # an objective of the user's own may want more than that: it is only a try
+    with torch.no_grad(), suppress(Exception):
+        objective.predict(model, make(tiny))
 
 
 def _sketch(output: Tensor) -> Tensor:
