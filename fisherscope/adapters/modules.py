@@ -17,13 +17,15 @@ _checked: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 def is_linear_map(module: nn.Module) -> bool:
     """Whether the module is a linear layer: ``nn.Linear``, a subclass, or transformers' ``Conv1D``.
 
-    A subclass with a forward of its own (Falcon has one, and so has the grouped projection of DeepSeek V4) is
-    one if it gives what the matrix gives.
+    One with a forward of its own (Falcon's class has one, so has the grouped projection of DeepSeek V4, and
+    anybody may put one on a single module) is one if it gives what the matrix gives.
     """
     weight = getattr(module, "weight", None)
     plain = isinstance(module, nn.Linear) or is_transposed(module)
     if not plain or not isinstance(weight, nn.Parameter) or weight.dim() != 2:
         return False
+    if has_replaced_forward(module):
+        return _gives_what_its_matrix_gives(module)
     if type(module).forward is nn.Linear.forward or is_transposed(module):
         return True
     if module not in _checked:
@@ -41,13 +43,18 @@ def _gives_what_its_matrix_gives(module: Any) -> bool:
     try:
         with torch.no_grad():
             # not through __call__: other people's hooks are none of this check's business
-            found = type(module).forward(module, x)
+            found = module.forward(x)
     except Exception:  # whatever it wants, it is not a matrix of features
         return False
     if not isinstance(found, Tensor) or found.shape != expected.shape:
         return False
     tolerance = 32 * torch.finfo(weight.dtype).eps * math.sqrt(features)
     return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
+
+
+def has_replaced_forward(module: nn.Module) -> bool:
+    """Whether somebody has put another forward on this one module than its class has."""
+    return "forward" in vars(module)
 
 
 def is_transposed(module: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -75,6 +76,9 @@ def module_outputs(
         return hook
 
     with ExitStack() as stack, torch.no_grad():
+        # checkpoints warn where there is nothing for them to spare
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", "None of the inputs have requires_grad")
         for name, module in model.named_modules():
             if name:
                 stack.callback(module.register_forward_hook(watch(name)).remove)

@@ -44,8 +44,3 @@ def replaced_forward(module: nn.Module, forward: Forward) -> Iterator[None]:
             vars(module).pop("forward", None)
         else:
             module.forward = own
-
-
-def has_replaced_forward(module: nn.Module) -> bool:
-    """Whether somebody has put another forward on this one module than its class has."""
-    return "forward" in vars(module)

@@ -245,8 +245,30 @@ class GradientTap:
 
 
 def on_gradient(tensor: Tensor, function: Callable[[Tensor], None]) -> None:
-    """Call ``function`` with the gradient of ``tensor`` when the backward pass has formed it."""
-    tensor.register_hook(function)  # type: ignore[no-untyped-call]
+    """Call ``function`` with the gradient of ``tensor`` when the backward pass has formed it.
+
+    It is that of the tensor as it is now, also where somebody goes on to change it in place: a hook on the
+    tensor itself, or on a view, would be lost where only a part of it is changed.
+    """
+    base = tensor._base
+    source = tensor if base is None or not _shows_all_of(tensor, base) else base
+    node: Any = source.grad_fn
+    if node is None:
+        tensor.register_hook(function)  # type: ignore[no-untyped-call]
+        return
+    place, shape = source.output_nr, tensor.shape
+
+    def prehook(gradients: tuple[Tensor | None, ...]) -> None:
+        gradient = gradients[place]
+        if gradient is not None:
+            function(gradient.reshape(shape))
+
+    node.register_prehook(prehook)
+
+
+def _shows_all_of(view: Tensor, base: Tensor) -> bool:
+    """Whether a view is its base in another shape, as what a linear map returns is."""
+    return view.numel() == base.numel() and view.is_contiguous() and base.is_contiguous()
 
 
 def _alias_input(args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -14,6 +14,7 @@ from fisherscope.adapters.modules import output_axis
 from fisherscope.errors import FisherscopeError
 from fisherscope.instrument.batch import Batch
 from fisherscope.instrument.by_position import LinearMaps
+from fisherscope.instrument.checking.gradient_hooks import watching_gradient_hooks
 from fisherscope.instrument.checking.witness import Witness
 from fisherscope.instrument.checks import check_losses
 from fisherscope.instrument.emission import Emission, Sinks
@@ -104,13 +105,17 @@ class BatchPass:
         others = [collector for collector in collectors if collector.labels != "data"]
         for collector in (*collectors, *witnesses.values()):
             collector.begin(len(batch))
-        with self._tap.attached(len(batch), *batch.widths):
+        with (
+            watching_gradient_hooks(self.model, tensors=False) as changed,
+            self._tap.attached(len(batch), *batch.widths),
+        ):
             found = self._objective.predict(self.model, batch)
             losses = found.losses(len(batch)) if isinstance(found, Predictions) else found
             check_losses(losses, self.model, self._objective, batch)
             self._backward(losses, by_data, self._normalization(batch), keep_graph=bool(others))
             for collector in others:
                 self._further_passes(collector, found, batch, witnesses.get(collector.labels))
+        changed.refuse()
         for collector in collectors:
             collector.end(self._segment, self._start)
         return losses.detach().double().cpu()

@@ -258,7 +258,8 @@ class Planner:
         def make(sample: Sample) -> Batch:
             return make_batch("run", [0], [sample], pad_id=pad, side=side, device=self._facts.device)
 
-        with random_state(options.seed, deterministic=options.deterministic), prepared(self._facts.model):
+        seeded = random_state(options.seed, deterministic=options.deterministic)
+        with seeded, prepared(self._facts.model, forward_only=True):
             found = find_state(self._facts.model, objective, make, named)
         if found is not None:
             if not options.force:

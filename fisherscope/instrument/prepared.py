@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -18,11 +18,15 @@ from fisherscope.instrument.replay import without_cache
 
 
 @contextmanager
-def prepared(model: nn.Module) -> Iterator[None]:
+def prepared(model: nn.Module, *, forward_only: bool = False) -> Iterator[None]:
     """Evaluation mode, frozen parameters and a graph that starts at the embedding output.
 
     Frozen parameters keep autograd from forming the weight-gradient products which the rules form anyway,
     and from touching ``.grad``. Modes and ``requires_grad`` are restored on any exit.
+
+    Args:
+        model: the model.
+        forward_only: no backward pass follows, so that there is nothing for checkpoints to spare.
     """
     modes = [(module, module.training) for module in model.modules()]
     frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -39,7 +43,8 @@ def prepared(model: nn.Module) -> Iterator[None]:
         model.eval()
         for parameter, _ in frozen:
             parameter.requires_grad_(False)
-        with uncompiled(model), _checkpointed(model), torch.inference_mode(mode=False), torch.enable_grad():
+        checkpointed = nullcontext() if forward_only else _checkpointed(model)
+        with uncompiled(model), checkpointed, torch.inference_mode(mode=False), torch.enable_grad():
             yield
     finally:
         for handle in handles:

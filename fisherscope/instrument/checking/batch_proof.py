@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fisherscope.errors import CoverageError
 from fisherscope.instrument.batch import Batch
-from fisherscope.instrument.checking.failure import explain, refuse_changed, refuse_other_losses
+from fisherscope.instrument.checking.failure import explain, refuse_other_losses
 from fisherscope.instrument.checking.gradient_hooks import ChangedGradients, watching_gradient_hooks
 from fisherscope.instrument.checking.proof import (
     Comparison,
@@ -86,7 +86,7 @@ class BatchProof:
             for witness in self.witnesses:
                 if witness is not data and isinstance(found, Predictions):
                     deviations += self._compare_draw(witness, found, batch, tolerance)
-            refuse_changed(changed)
+            changed.refuse()
             largest = worst(deviations)
             if largest.excess > 1:
                 raise CoverageError(explain(self.batch_pass, batch, own, data, deviations))

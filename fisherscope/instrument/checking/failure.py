@@ -7,32 +7,17 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from fisherscope.adapters.modules import has_replaced_forward
 from fisherscope.errors import CoverageError
 from fisherscope.instrument.batch import Batch
-from fisherscope.instrument.checking.gradient_hooks import ChangedGradients
 from fisherscope.instrument.checking.proof import Deviation, Tolerance
 from fisherscope.instrument.checking.witness import Witness, project
 from fisherscope.instrument.coupling import first_coupled_module
-from fisherscope.instrument.forwards import has_replaced_forward
 from fisherscope.instrument.objectives import Objective
 from fisherscope.instrument.passes import BatchPass
 
 _SHOWN = 5
 _ALIKE = 0.2  # of the largest deviation: what is beyond that deviates likewise
-
-
-def refuse_changed(changed: ChangedGradients) -> None:
-    """Refuse hooks that give autograd other gradients than those of the loss.
-
-    Raises:
-        CoverageError: there are some.
-    """
-    if changed.found:
-        raise CoverageError(
-            f"hooks change gradients in the backward pass: {_shown(list(changed.found), 'hooks')}. What is "
-            "collected are gradients of the loss, so "
-            "remove these hooks (the handles that registering them returned) first"
-        )
 
 
 def refuse_other_losses(
@@ -76,9 +61,9 @@ def explain(
     return (
         f"the {worst.what} of {samples} with respect to {_shown(names, 'parameters')} are not what autograd "
         "finds: an ordinary backward pass of the same batch, with random weights, is off by "
-        f"{worst.size:.2g}, and {worst.tolerance:.0e} would be rounding. Nothing of this batch is stored. {' '.join(causes)} "
-        "Leave these parameters out with parameters=[...] (scope.coverage() lists the names), or see whether "
-        "batch_size=1 agrees"
+        f"{worst.size:.2g}, and {worst.tolerance:.0e} would be rounding. Nothing of this batch is stored. "
+        f"{' '.join(causes)} Leave these parameters out with parameters=[...] (scope.coverage() lists the "
+        "names), or see whether batch_size=1 agrees"
     )
 
 

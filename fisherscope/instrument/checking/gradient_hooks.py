@@ -13,6 +13,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from typing_extensions import override
 
+from fisherscope.errors import CoverageError
+
+_SHOWN = 5
 _MODULE_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 _FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _GLOBAL_HOOKS = ("_global_backward_hooks", "_global_backward_pre_hooks")
@@ -28,6 +31,21 @@ class ChangedGradients:
     def __init__(self) -> None:
         """None so far."""
         self.found: dict[str, None] = {}
+
+    def refuse(self) -> None:
+        """Refuse hooks that give autograd other gradients than those of the loss.
+
+        Raises:
+            CoverageError: there are some.
+        """
+        if self.found:
+            names = list(self.found)
+            more = f", ... ({len(names)} hooks)" if len(names) > _SHOWN else ""
+            raise CoverageError(
+                f"hooks change gradients in the backward pass: {', '.join(names[:_SHOWN])}{more}. What is "
+                "collected are gradients of the loss, so remove these hooks (the handles that registering "
+                "them returned) first"
+            )
 
     def watched(self, hook: Callable[..., Any], where: str, given: int) -> Callable[..., Any]:
         """The same hook, with an eye on what it returns.
