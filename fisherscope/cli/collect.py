@@ -46,6 +46,7 @@ def collect(
     seed: opt.Seed = 0,
     resume: opt.Resume = True,
     force: opt.Force = False,
+    check: opt.CheckBatches = opt.Check.AUTO,
     report: opt.Report = None,
     quiet: opt.Quiet = False,
     debug: opt.Debug = False,
@@ -108,6 +109,7 @@ def collect(
         seed=seed,
         resume=resume,
         force=force,
+        check=check.value,
         quiet=quiet,
     )
     show_store(store)

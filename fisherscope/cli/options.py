@@ -72,6 +72,15 @@ class Durability(StrEnum):
     NONE = "none"
 
 
+class Check(StrEnum):
+    """Which batches are proved."""
+
+    AUTO = "auto"
+    EVERY = "every"
+    FIRST = "first"
+    OFF = "off"
+
+
 class LabelSource(StrEnum):
     """Whose labels the Fisher is that of."""
 
@@ -267,6 +276,15 @@ Seed = Annotated[int, typer.Option(metavar="N", help="Of sampled labels and mask
 Force = Annotated[
     bool,
     typer.Option("--force", help="Go on where samples influence each other.", rich_help_panel=_RUN),
+]
+CheckBatches = Annotated[
+    Check,
+    typer.Option(
+        "--check",
+        metavar="WHICH",
+        help="Which batches are proved by ordinary backward passes: auto, every, first, off.",
+        rich_help_panel=_RUN,
+    ),
 ]
 Out = Annotated[
     Path, typer.Option("--out", "-o", help="Directory of the store, such as run.fs.", rich_help_panel=_RUN)

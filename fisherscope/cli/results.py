@@ -70,6 +70,7 @@ def show_description(facts: dict[str, Any]) -> None:
                 (f"error in {task}", f"median {error['median']:.2g}, worst {error['worst']:.2g} (low rank)")
                 for task, error in facts["encoding_errors"].items()
             ),
+            *((f"proofs of {task}", found["in_words"]) for task, found in facts["proofs"].items()),
         ],
     )
     table(

@@ -174,10 +174,12 @@ class GradientTap:
         use = Use(given, output, flattened=self._samples.n if flat else None)
         if not is_repeated:
             if site.path in self._input_cut and args and given.requires_grad:
-                on_gradient(output, use.keep_output_gradient)
+                on_output_gradient(output, given, use.keep_output_gradient)
                 on_gradient(given, lambda gradient: self._finish(site, use, gradient))
             else:
-                on_gradient(output, lambda gradient: self._finish_without_input(site, use, gradient))
+                on_output_gradient(
+                    output, given, lambda gradient: self._finish_without_input(site, use, gradient)
+                )
         # what is returned may be changed in place, which a leaf of the graph does not bear
         return output.clone() if output.is_leaf else None
 
@@ -248,27 +250,38 @@ def on_gradient(tensor: Tensor, function: Callable[[Tensor], None]) -> None:
     """Call ``function`` with the gradient of ``tensor`` when the backward pass has formed it.
 
     It is that of the tensor as it is now, also where somebody goes on to change it in place: a hook on the
-    tensor itself, or on a view, would be lost where only a part of it is changed.
+    tensor itself would be lost where only a part of it is changed.
     """
-    base = tensor._base
-    source = tensor if base is None or not _shows_all_of(tensor, base) else base
-    node: Any = source.grad_fn
+    node: Any = tensor.grad_fn
     if node is None:
         tensor.register_hook(function)  # type: ignore[no-untyped-call]
         return
-    place, shape = source.output_nr, tensor.shape
+    place = tensor.output_nr
 
     def prehook(gradients: tuple[Tensor | None, ...]) -> None:
         gradient = gradients[place]
         if gradient is not None:
-            function(gradient.reshape(shape))
+            function(gradient)
 
     node.register_prehook(prehook)
 
 
-def _shows_all_of(view: Tensor, base: Tensor) -> bool:
-    """Whether a view is its base in another shape, as what a linear map returns is."""
-    return view.numel() == base.numel() and view.is_contiguous() and base.is_contiguous()
+def on_output_gradient(output: Tensor, given: Tensor, function: Callable[[Tensor], None]) -> None:
+    """The same for what a layer has made of ``given``.
+
+    What a linear map returns is its product in another shape: a view, which autograd makes anew when
+    somebody changes a part of it in place. The product itself stays.
+    """
+    product, shape = output._base, output.shape
+    if (
+        product is None
+        or product.shape.numel() != shape.numel()
+        or not (product.is_contiguous() and output.is_contiguous())
+        or product.untyped_storage().data_ptr() == given.untyped_storage().data_ptr()
+    ):
+        on_gradient(output, function)
+    else:
+        on_gradient(product, lambda gradient: function(gradient.reshape(shape)))
 
 
 def _alias_input(args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -22,7 +22,7 @@ from fisherscope.instrument.limits import (
     limits_of_store,
     plan_batches,
 )
-from fisherscope.instrument.memory import SavedBytes, usable
+from fisherscope.instrument.memory import SavedBytes, is_out_of_memory, release, usable
 from fisherscope.instrument.model_facts import ModelFacts
 from fisherscope.instrument.objectives import Objective, resolve_objective
 from fisherscope.instrument.options import CollectOptions
@@ -177,25 +177,30 @@ class Planner:
         self._layout = layout
         self._targets = targets
 
-    def plan(self, tasks: Tasks, options: CollectOptions) -> RunPlan:
+    def plan(self, tasks: Tasks, options: CollectOptions, *, sizes_only: bool = False) -> RunPlan:
         """Read the tasks and plan the batches.
 
         Args:
             tasks: name -> rows.
             options: of the collection.
+            sizes_only: no batch will be run, so that it does not matter whether the model repeats itself.
 
         Raises:
+            CoupledSamplesError: the model does not repeat itself, and it was not forced.
             DataError: a task or row cannot be used.
             ValueError: no such objective.
         """
         objective = resolve_objective(options.objective, self._facts.model)
-        return self.plan_samples(prepare_tasks(tasks, self._facts, options, objective), options, objective)
+        samples = prepare_tasks(tasks, self._facts, options, objective)
+        return self.plan_samples(samples, options, objective, sizes_only=sizes_only)
 
     def plan_samples(
         self,
         samples: Mapping[str, Sequence[Sample]],
         options: CollectOptions,
         objective: Objective,
+        *,
+        sizes_only: bool = False,
     ) -> RunPlan:
         """The same for samples that are read already.
 
@@ -208,7 +213,8 @@ class Planner:
         )
         side, pad = self._facts.pad_side(objective), self._facts.pad_id()
         # before any other pass: what is left behind by the longest sample shows in those that come later
-        self._refuse_state(samples, options, objective, pad, side)
+        if not sizes_only:
+            self._refuse_state(samples, options, objective, pad, side)
         chosen = self._encodings(batch_pass, samples, options, pad, side)
         estimate = estimate_bytes(
             self._layout,
@@ -259,8 +265,14 @@ class Planner:
             return make_batch("run", [0], [sample], pad_id=pad, side=side, device=self._facts.device)
 
         seeded = random_state(options.seed, deterministic=options.deterministic)
-        with seeded, prepared(self._facts.model, forward_only=True):
-            found = find_state(self._facts.model, objective, make, named)
+        try:
+            with seeded, prepared(self._facts.model, forward_only=True):
+                found = find_state(self._facts.model, objective, make, named)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            release(self._facts.device)  # the run will say which sample is too large
+            return
         if found is not None:
             if not options.force:
                 raise CoupledSamplesError(found)

@@ -159,7 +159,8 @@ class Scope:
         """
         begun = time.perf_counter()
         with exclusive(self.model):
-            plan = self._planner.plan(tasks, CollectOptions(extensions=extensions, **options))
+            asked = CollectOptions(extensions=extensions, **options)
+            plan = self._planner.plan(tasks, asked, sizes_only=not measure)
             if not measure:
                 return plan.estimate
             header, constants = self._planner.header(plan), self._constants(plan)

@@ -33,6 +33,7 @@ class Facts:
         left_out: names of the parameters that are not instrumented.
         normalization, fisher_shape, gradient_dtype: how F and gradients were collected.
         fingerprint: short digest of the run's identity.
+        proofs: what the comparisons of batches with ordinary backward passes came to, by task.
         options, provenance: as the store has them.
     """
 
@@ -51,6 +52,7 @@ class Facts:
     fisher_shape: str
     gradient_dtype: str | None
     fingerprint: str
+    proofs: dict[str, dict[str, Any]]
     options: dict[str, Any]
     provenance: dict[str, Any]
 
@@ -72,6 +74,7 @@ class Facts:
                 "name": self.store_path.name,
                 "bytes": self.store_bytes,
                 "fingerprint": self.fingerprint,
+                "proofs": self.proofs,
                 "normalization": self.normalization,
                 "fisher_shape": self.fisher_shape,
                 "gradient_dtype": self.gradient_dtype,
@@ -120,6 +123,7 @@ def facts_of(store: ContributionStore, tasks: tuple[str, ...] | None = None) -> 
         fisher_shape=header.fisher_shape,
         gradient_dtype=header.gradient_dtype if header.gradient_parameters else None,
         fingerprint=hashlib.sha256(identity.encode()).hexdigest()[:12],
+        proofs={task: found for task, found in store.proofs().items() if task in set(table["task"])},
         options=dict(header.options),
         provenance=dict(header.provenance),
     )

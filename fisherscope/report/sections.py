@@ -109,7 +109,16 @@ def run_section(facts: Facts) -> Section:
         "Tasks",
     )
     facts_list = tag("dl", *(join([tag("dt", name), tag("dd", value)]) for name, value in rows if value))
-    return Section("run", "The run", join([facts_list, table]))
+    return Section("run", "The run", join([facts_list, table, *_proofs(facts)]))
+
+
+def _proofs(facts: Facts) -> list[str]:
+    """How the gradients of each task were compared with autograd's, and what that cannot show."""
+    if not facts.proofs:
+        return []
+    rows = [tag("li", tag("b", task), ": ", found["in_words"]) for task, found in facts.proofs.items()]
+    note = tag("p", next(iter(facts.proofs.values()))["cannot_see"], class_="note")
+    return [tag("h3", "Proofs of the gradients"), tag("ul", *rows), note]
 
 
 def coverage_section(facts: Facts) -> Section:

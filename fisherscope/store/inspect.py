@@ -40,7 +40,8 @@ def describe(store: ContributionStore | str | Path) -> dict[str, Any]:
     Returns:
         JSON-ready: path, format, model type, tasks (samples, committed, complete, samples in the
         aggregates), shards and bytes per kind, encodings of gradients with the reason and, where some are
-        low-rank, the median and the worst relative error per task, element types, a summary of the layout,
+        low-rank, the median and the worst relative error per task, the proofs of batches, element
+        types, a summary of the layout,
         options, fingerprint and provenance.
 
     Raises:
@@ -69,6 +70,7 @@ def describe(store: ContributionStore | str | Path) -> dict[str, Any]:
         "encodings": dict(Counter(map(opened.encoding, header.gradient_parameters))),
         "encoding_reason": header.options.get("gradient_encodings"),
         "encoding_errors": _errors(opened),
+        "proofs": opened.proofs(),
         "gradient_dtype": header.gradient_dtype,
         "factor_dtype": header.encodings.dtype if header.encodings.of else None,
         "normalization": header.normalization,

@@ -17,7 +17,17 @@ from torch import Tensor
 from fisherscope.layout import ParameterSlice
 from fisherscope.layout.attention import Part
 from fisherscope.linalg import PerSampleGradient
-from fisherscope.store import aggregates, encoded, gradients, kronecker, lookup, memory, positions, tables
+from fisherscope.store import (
+    aggregates,
+    encoded,
+    gradients,
+    kronecker,
+    lookup,
+    memory,
+    positions,
+    proofs,
+    tables,
+)
 from fisherscope.store.kronecker import KroneckerFactors
 from fisherscope.store.opened import OpenStore
 from fisherscope.store.token_texts import read_token_texts
@@ -365,6 +375,17 @@ class ContributionStore(OpenStore):
         """
         found = (record for ledger in self.ledgers for record in ledger.evidence)
         return [dict(record.values) for record in found if record.about == about]
+
+    def proofs(self) -> dict[str, dict[str, Any]]:
+        """What comparing batches with ordinary backward passes came to, by task: see ``collect(check=)``.
+
+        Returns:
+            By task: batches (that were run), proved, not_provable (for want of memory), largest_deviation (of
+            the proofs, relative), largest_at (of what), tolerance (what would be rounding),
+            smallest_error_seen (the smallest relative error of one sample's gradient that could not have
+            passed), dtype (the coarsest of the passes), in_words and cannot_see.
+        """
+        return proofs.proofs(self)
 
     def groups(self, task: str, labels: str = "data") -> pd.DataFrame:
         """Contributions per group, over all committed samples of a task, in float64.
