@@ -1,7 +1,7 @@
 """What proving batches costs, and how small an error of one sample it sees.
 
-Cost: runs of many batches of a 4-layer Qwen2 with ``check="auto"``, ``"every"`` and ``"off"``, in turn; printed
-are ratios of one run. Sensitivity: clean batches of several families in float32 and bfloat16, all of them
+Cost: runs of many batches of a 4-layer Qwen2 with ``check="auto"``, ``"every"`` and ``"off"``, in turn;
+printed are ratios of one run. Sensitivity: clean batches of several families in float32 and bfloat16, all of them
 proved: how many runs are refused (none should be), the largest deviation as a share of what is taken for
 rounding, and the smallest relative error of one sample's gradient that would have been seen.
 
@@ -24,7 +24,7 @@ import tiny
 import torch
 from bars import Row, row, show
 from harness import interleaved, qwen2, token_ids, write
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from transformers.utils import logging
 
 import fisherscope as fs
@@ -98,7 +98,7 @@ def cost(batches: int, repeats: int, clock: Callable[[], float], hidden: int = 1
 def clean(family: str, dtype: torch.dtype, batches: int, seed: int = 0) -> Clean:
     """Prove clean batches of one tiny random model, all parameters."""
     config = tiny.tiny_config(CONFIG_MAPPING[family])
-    model = tiny.random_model(AutoModelForCausalLM, config).to(dtype)
+    model = tiny.random_model(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config).to(dtype)
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(*LENGTHS, (batches * ROWS,), generator=generator).tolist()
     rows = [
