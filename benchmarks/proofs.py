@@ -1,9 +1,9 @@
 """What proving batches costs, and how small an error of one sample it sees.
 
 Cost: runs of many batches of a 4-layer Qwen2 with ``check="auto"``, ``"every"`` and ``"off"``, in turn;
-printed are ratios of one run. Sensitivity: clean batches of several families in float32 and bfloat16, all of them
-proved: how many runs are refused (none should be), the largest deviation as a share of what is taken for
-rounding, and the smallest relative error of one sample's gradient that would have been seen.
+printed are ratios of one run. Sensitivity: clean batches of several families in float32 and bfloat16, all of
+them proved: how many runs are refused (none should be), the largest deviation as a share of what is taken
+for rounding, and the smallest relative error of one sample's gradient that would have been seen.
 
     python benchmarks/proofs.py [--repeats 5] [--batches 200] [--clean 500] [--only cost|clean]
         [--cpu-time] [--smoke] [--json results.json]

@@ -211,7 +211,7 @@ class Collection:
         try:
             for first in range(0, len(rows), size):
                 part = rows[first : first + size]
-                self._run_rows(task, number, part, collectors, segment, start + first)
+                self._run_rows(task, part, number, collectors, segment, start + first)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -257,8 +257,8 @@ class Collection:
     def _run_rows(
         self,
         task: TaskPlan,
-        number: int,
         rows: Sequence[int],
+        number: int,
         collectors: Sequence[Collector],
         segment: SegmentWriter | None,
         start: int,

@@ -119,7 +119,8 @@ def run_tiny(model: nn.Module, objective: Objective, make: Callable[[Sample], Ba
 
 def _sketch(output: Tensor) -> Tensor:
     """Some entries of a tensor, and the means of all and of their sizes: the whole would be too large."""
-    flat = output.detach().reshape(-1)
+    flat = output.detach()
+    flat = (torch.view_as_real(flat) if flat.is_complex() else flat).reshape(-1)
     if not len(flat):
         return flat.double().cpu()
     chosen = flat[:: max(1, len(flat) // _ENTRIES)][:_ENTRIES].double()
