@@ -235,7 +235,10 @@ def test_sampled_labels_and_single_tokens_are_proved_as_well(
         collect(llama(), tmp_path / "run.fs", extensions=sources)
 
 
-FAMILIES = ("llama", "gpt2", "qwen2-tied-mqa", "opt", "bloom", "mixtral", "gemma", "t5", "bert", "vit")
+FAMILIES = (
+    *("llama", "gpt2", "qwen2-tied-mqa", "opt", "bloom"),
+    *("gemma", "gpt_neox", "falcon-mqa", "phi3", "mixtral"),
+)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -249,6 +252,23 @@ def test_clean_batches_pass(tmp_path: Path, name: str, dtype: torch.dtype) -> No
     assert 0 < found["largest_deviation"] < found["tolerance"] * 3
     assert found["tolerance"] < found["smallest_error_seen"] < 200 * found["tolerance"]
     assert found["check"] == "every"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_five_hundred_clean_batches_pass(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    """25 batches each of ten families in both dtypes: no false alarm."""
+    model = models.build(models.named(name)).to(dtype)
+    store = fs.wrap(model, parameters="all").collect(
+        {"a": models.rows(100)},
+        tmp_path / "run.fs",
+        batch_size=4,
+        check="every",
+        extensions=[fs.Fisher(shape="groups")],
+        quiet=True,
+    )
+    assert store.proofs()["a"]["proved"] == 25
 
 
 @pytest.mark.parametrize(("check", "proved"), [("auto", 2), ("first", 1), ("every", 4), ("off", 0)])
@@ -279,6 +299,10 @@ def test_a_proof_is_no_part_of_the_identity(tmp_path: Path) -> None:
     for name in grown.parameters:
         assert torch.equal(torch.as_tensor(grown.fisher("a", name)), torch.as_tensor(other.fisher("a", name)))
     assert [found["proved"] for found in grown.evidence("proof")] == [2, 0]
+    found = grown.proofs()["a"]
+    assert (found["batches"], found["proved"]) == (4, 2)
+    assert "2 of 4 batches were compared with an ordinary backward pass" in found["in_words"]
+    assert "wrong targets" in found["cannot_see"]
 
 
 def test_forced_the_run_goes_on_with_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
