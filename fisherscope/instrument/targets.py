@@ -158,6 +158,7 @@ def _through_enclosing(
             for local, parameter in module.named_parameters(remove_duplicate=False):
                 if id(parameter) in wanted:
                     uses.setdefault(wanted[id(parameter)], []).append(_Use(path, module, local, None))
+        uses = {name: _innermost(mine) for name, mine in uses.items()}
         if uses:
             trial = try_out(model, {name: [use.module for use in mine] for name, mine in uses.items()})
             axes |= trial.replayable
@@ -167,6 +168,11 @@ def _through_enclosing(
                 if name not in trial.unseen and all(use.module in trial.replayable for use in mine)
             }
     return found, axes
+
+
+def _innermost(uses: list[_Use]) -> list[_Use]:
+    """Modules that hold none of the others: a parameter would count twice through nested ones."""
+    return [use for use in uses if not any(other.path.startswith(f"{use.path}.") for other in uses)]
 
 
 def _parents(model: nn.Module, names: list[str], levels: int) -> dict[str, nn.Module]:

@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -147,17 +147,16 @@ class _Runs:
             for first, second in zip(self.calls[::2], self.calls[1::2], strict=True)
         ]
 
-    def again(self, calls: Mapping[nn.Module, Around]) -> bool:
-        """Whether the first input gives the same when these calls stand around the forwards of modules."""
+    def again(self, calls: Mapping[nn.Module, Around]) -> Tensor | None:
+        """What the first input gives with these calls around the forwards of modules; None if nothing."""
         with ExitStack() as stack:
             for module, call in calls.items():
                 stack.enter_context(around(module, call))
             try:
                 with torch.no_grad():
-                    found = first_output(self.model, small_batch(self.model, _SAMPLES[0]))
+                    return first_output(self.model, small_batch(self.model, _SAMPLES[0]))
             except AdapterError:
-                return False
-        return agree(found, self.plain)
+                return None
 
 
 def small_batch(model: nn.Module, n: int, *, padded: bool = False) -> dict[str, Any]:
@@ -272,16 +271,14 @@ class _Seen:
 
     def _try_own_rows(self, model: nn.Module, runs: _Runs, serving: Sequence[nn.Module]) -> None:
         """Give every sample rows of its own where the samples share an output; not every model bears that."""
-        calls: dict[nn.Module, Around] = dict.fromkeys(serving, _own_lookup)
+        makers: dict[nn.Module, OwnRows] = dict.fromkeys(serving, OwnRows())
         for module, axes in self.replayable.items():
             if any(axis is None for axis in axes.outputs.values()):
-                calls[module] = _own_output(axes)
-        if not calls or runs.again(calls):
-            return
+                makers[module] = OwnRows(axes)
         paths = {module: _numberless(path) for path, module in model.named_modules()}
-        for path in dict.fromkeys(paths[module] for module in calls):
-            alike = {module: call for module, call in calls.items() if paths[module] == path}
-            if not runs.again(alike):
+        for path in dict.fromkeys(paths[module] for module in makers):
+            alike = {module: maker for module, maker in makers.items() if paths[module] == path}
+            if not _bears_own_rows(runs, alike):
                 self.shared.update(alike)
                 self.not_replayable.update(self.replayable.keys() & alike.keys())
 
@@ -290,21 +287,49 @@ class _Seen:
         return not self.mixing.isdisjoint(owners) or self.in_order.isdisjoint(owners)
 
 
-def _own_lookup(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return own_rows(forward(*args, **kwargs), _SAMPLES[0])
+@dataclass(frozen=True)
+class OwnRows:
+    """Stands around a module whose output all samples share, and gives each sample rows of its own.
 
+    Attributes:
+        axes: of a module without a rule; None for a lookup.
+        changed: add something to the last sample's rows.
+    """
 
-def _own_output(axes: CallAxes) -> Around:
-    def call(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    axes: CallAxes | None = None
+    changed: bool = False
+
+    def __call__(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One call of the module."""
         output = forward(*args, **kwargs)
+        if self.axes is None:
+            return self._last_changed(own_rows(output, _SAMPLES[0]))
+        known = self.axes.outputs
 
-        def expanded(place: Any, tensor: Any) -> Any:
-            shared = isinstance(tensor, Tensor) and axes.outputs.get(pytree.keystr(place), 0) is None
-            return tensor.expand(_SAMPLES[0], *tensor.shape[1:]) if shared else tensor
+        def expanded(place: Any, value: Any) -> Any:
+            if not isinstance(value, Tensor) or known.get(pytree.keystr(place), 0) is not None:
+                return value
+            return self._last_changed(value.expand(_SAMPLES[0], *value.shape[1:]))
 
         return pytree.tree_map_with_path(expanded, output)
 
-    return call
+    def _last_changed(self, rows: Tensor) -> Tensor:
+        if not self.changed or not rows.is_floating_point():
+            return rows
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(rows.shape[1:], generator=generator, dtype=torch.float32, device="cpu")
+        rows = rows.clone()
+        rows[-1] += noise.to(rows)
+        return rows
+
+
+def _bears_own_rows(runs: _Runs, makers: Mapping[nn.Module, OwnRows]) -> bool:
+    """Whether nothing changes with rows for each sample, and each sample uses its own and no other's."""
+    same = runs.again(makers)
+    other = runs.again({module: replace(maker, changed=True) for module, maker in makers.items()})
+    if same is None or other is None or not agree(same, runs.plain):
+        return False
+    return agree(other[:-1], runs.plain[:-1]) and not torch.equal(other[-1], same[-1])
 
 
 def _with_gradient(model: nn.Module, names: Sequence[str]) -> list[str]:

@@ -82,3 +82,38 @@ def _alone(
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     return found
+
+
+WINDOWED = {
+    "swin": ("SwinForImageClassification", "SwinConfig"),
+    # its position biases are made by a small network that all samples share
+    "swinv2": ("Swinv2ForImageClassification", "Swinv2Config"),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_windows_and_biases_of_all_samples(name: str, tmp_path: Path) -> None:
+    """Samples lie along one axis with their windows, and share what gives positions: as the loop has it."""
+    import transformers
+
+    classes = [getattr(transformers, part) for part in WINDOWED[name]]
+    torch.manual_seed(0)
+    sizes = {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4, "num_labels": 3}
+    model = classes[0](classes[1](image_size=32, patch_size=4, **sizes)).eval()
+    generator = torch.Generator().manual_seed(0)
+    data = [{"pixel_values": torch.randn(3, 32, 32, generator=generator), "label": i % 3} for i in range(4)]
+    scope = fs.wrap(model, parameters="all")
+    assert scope.coverage()["covered"].all()
+    store = scope.collect({"a": data}, tmp_path / "run.fs", extensions=EXACT, batch_size=2, quiet=True)
+    names = [name for name, _ in model.named_parameters()]
+    for row, sample in enumerate(data):
+        logits = model(pixel_values=sample["pixel_values"][None]).logits
+        loss = F.cross_entropy(logits, torch.tensor([sample["label"]]))
+        expected = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+        largest = max(float(g.abs().max()) for g in expected if g is not None)
+        for parameter, g in zip(names, expected, strict=True):
+            found = store.gradients("a", parameter, samples=[row])[0]
+            g = torch.zeros_like(found) if g is None else g
+            assert float((found - g).abs().max()) < 1e-5 * max(float(g.abs().max()), 1e-3 * largest), (
+                parameter
+            )
