@@ -28,7 +28,7 @@ def group_squares(
     Returns:
         ``[groups]``, float64 on the CPU.
     """
-    squares = torch.zeros(len(groups), dtype=torch.float64)
+    squares = torch.zeros(len(groups), dtype=torch.float64, device="cpu")
 
     def reduce(name: str, gradient: Tensor) -> None:
         members = groups.members[name]

@@ -391,7 +391,7 @@ class Scope:
 
     def _theta_square(self, groups: GroupTable) -> torch.Tensor:
         """``sum theta ** 2`` of each group, float64."""
-        out = torch.zeros(len(groups), dtype=torch.float64)
+        out = torch.zeros(len(groups), dtype=torch.float64, device="cpu")
         by_name = dict(self.model.named_parameters())
         for name, members in groups.members.items():
             partitions: list[Partition | None] = [member.partition for member in members]

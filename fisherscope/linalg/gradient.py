@@ -83,7 +83,7 @@ class PerSampleGradient(ABC):
 
     def square_sum(self) -> Tensor:
         """``sum_i g_i ** 2``, ``[*shape]``."""
-        out = torch.zeros(self.shape, device=self.device)
+        out = torch.zeros(self.shape, device=self.device, dtype=torch.float32)
         self.accumulate(square=out)
         return out
 
@@ -109,7 +109,10 @@ class PerSampleGradient(ABC):
             For each partition ``[n, pieces]``.
         """
         along = axes_of(partitions)
-        sums = {axis: torch.zeros(self.n, self.shape[axis], device=self.device) for axis in set(along)}
+        sums = {
+            axis: torch.zeros(self.n, self.shape[axis], device=self.device, dtype=torch.float32)
+            for axis in set(along)
+        }
         for samples, rows, tile in self.tiles():
             if total is not None:
                 _add_over_samples(total[rows], tile)

@@ -224,7 +224,7 @@ def _merged_moments(parts: Sequence[MappedShard], prefix: str) -> dict[str, Tens
         merged = moments if merged is None else merged.merge(moments)
     assert merged is not None
     return {
-        "count": torch.tensor([merged.count]),
+        "count": torch.tensor([merged.count], dtype=torch.int64, device="cpu"),
         "mean": torch.from_numpy(merged.mean),
         "m2": torch.from_numpy(merged.m2),
     }

@@ -189,11 +189,15 @@ def _scores(
     """M of one slice ``[n_a, n_b]``, and lam."""
     a, b = tasks
     if warn_of_empty(reader, tasks):
-        return torch.zeros(*(reader.rows(task, config.max_samples_per_task) for task in tasks)), float("nan")
+        return torch.zeros(
+            *(reader.rows(task, config.max_samples_per_task) for task in tasks),
+            dtype=torch.float32,
+            device="cpu",
+        ), float("nan")
     scorer = scorer_for(reader, tuple(dict.fromkeys(tasks)), config)
     fisher, lam = denominators(reader, block, [tasks], config)[tasks]
     loaded = Loaded(reader, block, head, rows_to_load(scorer))
-    scores = torch.empty(scorer.rows[a], scorer.rows[b])
+    scores = torch.empty(scorer.rows[a], scorer.rows[b], dtype=torch.float32, device="cpu")
     for stretch in scorer.stretches(loaded, a, b, fisher[head], lam):
         chosen = stretch.reported if leave_pair_out else stretch.scores
         assert chosen is not None
