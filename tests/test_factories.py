@@ -28,7 +28,15 @@ NO_LAYERS = frozenset({"Module", "Parameter", "Buffer", "UninitializedParameter"
 
 def careless_calls(source, *, may_set_defaults=False):
     """Calls that leave the dtype or the device of a new tensor to torch's defaults, as ``line: what``."""
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "torch":
+            taken = sorted(FACTORIES.intersection(alias.name for alias in node.names))
+            yield from (f"{node.lineno}: {name} without its module" for name in taken)
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "torch" and id(node) not in called:
+            # a factory that is handed on is called where nobody sees what it is given
+            yield from [f"{node.lineno}: torch.{node.attr} uncalled"] * (node.attr in FACTORIES)
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
             continue
         owner, name = ast.unparse(node.func.value), node.func.attr
@@ -71,6 +79,8 @@ def test_every_new_tensor_is_given_its_dtype_and_device():
         ("torch.set_default_dtype(torch.float32)", 1),
         ("nn.Linear(3, 4, bias=False)", 2),
         ("nn.Parameter(x)", 0),
+        ("make = torch.zeros if there else torch.empty", 2),
+        ("from torch import Tensor, zeros", 1),
     ],
 )
 def test_a_planted_call_is_found(line, found):
