@@ -38,7 +38,7 @@ def prepared(model: nn.Module) -> Iterator[None]:
         model.eval()
         for parameter, _ in frozen:
             parameter.requires_grad_(False)
-        with uncompiled(model), _checkpointed(model), torch.inference_mode(mode=False), torch.enable_grad():
+        with uncompiled(model), _checkpointed(model), torch.enable_grad():
             yield
     finally:
         for handle in handles:

@@ -16,6 +16,7 @@ from torch import nn
 
 from fisherscope.adapters import resolve
 from fisherscope.adapters.unwrap import unwrap, unwrap_pipeline
+from fisherscope.instrument.at_work import at_work, ready_to_run
 from fisherscope.instrument.capture import Factors
 from fisherscope.instrument.collection import SEALED_AHEAD, Collection
 from fisherscope.instrument.estimate import Estimate
@@ -88,8 +89,9 @@ def wrap(
     """
     model, tokenizer = unwrap_pipeline(model, tokenizer)
     model = unwrap(model)
-    layout = resolve(model, adapter=adapter, verify=verify, strict=strict)
-    return Scope(model, tokenizer, layout, parameters)
+    with ready_to_run(model):
+        layout = resolve(model, adapter=adapter, verify=verify, strict=strict)
+        return Scope(model, tokenizer, layout, parameters)
 
 
 class Scope:
@@ -130,6 +132,7 @@ class Scope:
         """
         return self._targets.coverage.copy()
 
+    @at_work
     def estimate(
         self,
         tasks: Tasks,
@@ -165,6 +168,7 @@ class Scope:
         memory = plan.estimate.memory_bytes if trial.memory_bytes is None else trial.memory_bytes
         return replace(plan.estimate, seconds=prepared_in + trial.seconds, memory_bytes=memory)
 
+    @at_work
     def collect(
         self,
         tasks: Tasks,
@@ -286,6 +290,7 @@ class Scope:
             Collection(plan, writer, stop, bar, self._forward_dtype(), self._constants(plan)).run()
         return open_store(path)
 
+    @at_work
     def gradients(
         self,
         store: ContributionStore | str | Path,
@@ -325,6 +330,7 @@ class Scope:
         again = self._rerun(store, ids, tasks, options)
         return gradients_again(again, chosen_parameters(self.parameters, parameters))
 
+    @at_work
     def factors(
         self,
         store: ContributionStore | str | Path,
