@@ -1,4 +1,4 @@
-"""States that torch, numpy and the process may be in, and one collection with its analyses to try under them."""
+"""States that torch, numpy and the process may be in, and what is collected and analysed under them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch.autograd.graph import save_on_cpu
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -79,12 +80,39 @@ STATES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 }
 
 
+# those under which analyses would compute something else, or not at all
+OF_ANALYSES = {"float16", "bfloat16", "float64", "inference-mode", "matmul-medium", "numpy-raises"}
+
+
 def tasks() -> dict[str, list[dict[str, list[int]]]]:
-    return {"a": models.rows(7), "b": models.rows(7, seed=5)}
+    return {"a": models.rows(6), "b": models.rows(6, seed=5)}
 
 
-def classified(n: int = 6) -> list[dict[str, Any]]:
-    return [{"input_ids": row["input_ids"], "label": i % 3} for i, row in enumerate(models.rows(n))]
+def classifier() -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
+    config = transformers.BertConfig(**sizes, vocab_size=models.VOCABULARY, num_labels=3)
+    return transformers.AutoModelForSequenceClassification.from_config(config).eval()
+
+
+def classified() -> list[dict[str, Any]]:
+    return [{"input_ids": row["input_ids"], "label": i % 3} for i, row in enumerate(models.rows(6))]
+
+
+def observed() -> dict[str, Any]:
+    """What torch and numpy can be asked about their states."""
+    return {
+        "dtype": torch.get_default_dtype(),
+        "device": torch.get_default_device(),
+        "inference": torch.is_inference_mode_enabled(),
+        "grad": torch.is_grad_enabled(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "anomaly": torch.is_anomaly_enabled(),
+        "keeps denormals": float(torch.full((1,), 1e-40, dtype=torch.float32, device="cpu") * 1.0) > 0,
+        "cpu products": torch.backends.mkldnn.matmul.fp32_precision,
+        "cuda products": torch.backends.cuda.matmul.allow_tf32,
+        "numpy": np.geterr(),
+    }
 
 
 def everything(store: fs.ContributionStore) -> dict[str, Any]:
@@ -110,16 +138,30 @@ def analysed(store: fs.ContributionStore) -> dict[str, Any]:
     return {name: result.to_json() for name, result in report.items()}
 
 
-def run(out: Path, state: AbstractContextManager[Any] = nullcontext(), **options: Any) -> dict[str, Any]:  # noqa: B008
-    """Collect, read, compute again and analyse under a state."""
-    model, rows = models.build(models.named("llama-biases")), tasks()
+def collected(
+    model: Any, rows: dict[str, Any], out: Path, state: AbstractContextManager[Any], **options: Any
+) -> dict[str, Any]:
+    """Wrap, collect, read and compute again under a state."""
     with state:
+        before = observed()
         scope = fs.wrap(model, parameters="all")
-        store = scope.collect(rows, out, quiet=True, **({"extensions": EXTENSIONS} | options))
+        store = scope.collect(rows, out, quiet=True, **options)
         found = everything(store)
-        again = scope.gradients(store, ["a_3", "b_1"])
+        task = store.tasks[0]
+        again = scope.gradients(store, [f"{task}_3", f"{task}_1"])
         found["again"] = {name: values.numpy().tobytes() for name, values in again.items()}
-        factors = scope.factors(store, ["a_3"])["a_3"]
+        factors = scope.factors(store, [f"{task}_3"], parameters=["*layer*.[qkv]*.weight"])[f"{task}_3"]
         found["factors"] = {k: [side.numpy().tobytes() for side in pair] for k, pair in factors.items()}
-        found["analysed"] = analysed(store)
+        assert observed() == before
+    return found
+
+
+def run(out: Path, state: str | None = None) -> dict[str, Any]:
+    """Everything of a language model under a state."""
+    model = models.build(models.named("llama-biases"))
+    entered = STATES[state] if state else nullcontext
+    found = collected(model, tasks(), out, entered(), extensions=EXTENSIONS)
+    if state is None or state in OF_ANALYSES:
+        with entered():
+            found["analysed"] = analysed(fs.open_store(out))
     return found
