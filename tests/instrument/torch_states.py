@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fisherscope as fs
 from tests import models
 
+CPU_PRODUCTS: Any = getattr(torch.backends.mkldnn, "matmul", None)  # from torch 2.9 on
 EXTENSIONS = (
     fs.Fisher(labels=("data", "sampled")),
     fs.SampleGradients(parameters=["*"]),
@@ -47,7 +48,7 @@ def _set(change: Callable[[Any], Any], value: Any, back: Any) -> Iterator[None]:
 
 @contextmanager
 def _mkldnn_in_bfloat16() -> Iterator[None]:
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    CPU_PRODUCTS.fp32_precision = "bf16"
     try:
         yield
     finally:
@@ -69,7 +70,7 @@ STATES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "save-on-cpu": save_on_cpu,
     "matmul-medium": lambda: _set(torch.set_float32_matmul_precision, "medium", "highest"),
     "matmul-high": lambda: _set(torch.set_float32_matmul_precision, "high", "highest"),
-    "mkldnn-bfloat16": _mkldnn_in_bfloat16,
+    **({"mkldnn-bfloat16": _mkldnn_in_bfloat16} if CPU_PRODUCTS else {}),
     "flush-denormal": lambda: _set(torch.set_flush_denormal, True, False),
     "function-mode": Watching,
     "dispatch-mode": Dispatching,
@@ -109,7 +110,7 @@ def observed() -> dict[str, Any]:
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "anomaly": torch.is_anomaly_enabled(),
         "keeps denormals": float(torch.full((1,), 1e-40, dtype=torch.float32, device="cpu") * 1.0) > 0,
-        "cpu products": torch.backends.mkldnn.matmul.fp32_precision,
+        "cpu products": getattr(CPU_PRODUCTS, "fp32_precision", None),
         "cuda products": torch.backends.cuda.matmul.allow_tf32,
         "numpy": np.geterr(),
     }
