@@ -31,7 +31,7 @@ sys.stdout.write(digests(Path(sys.argv[1])))
 
 
 def digests(folder):
-    """A whole run and its report: a digest of every number, to be had under other flags of the interpreter."""
+    """A whole run and its report: a digest of every number, for other flags of the interpreter."""
     scope = fs.wrap(models.build(models.named("qwen2")), parameters="all")
     store = scope.collect(states.tasks(), folder / "run.fs", quiet=True)
     report = fs.analyze(store, ["fisher", "conflict"])
