@@ -25,7 +25,8 @@ def ready_to_run(model: nn.Module) -> Iterator[None]:
     Raises:
         AdapterError: a tensor that was made under ``torch.inference_mode`` is in the way of gradients.
     """
-    with standard_state(next(model.parameters()).device), ordinary_tensors(model):
+    device = next((parameter.device for parameter in model.parameters()), None)
+    with standard_state(device), ordinary_tensors(model):
         yield
 
 
