@@ -57,7 +57,9 @@ def _replace_output(
         if output.numel() % (rows * output.shape[-1]):
             raise AdapterError(f"a projection gives {tuple(output.shape)} for {rows} rows: it mixes samples")
         positions = output.numel() // (rows * output.shape[-1])
-        noise = torch.randn(positions, output.shape[-1], generator=generator)
+        noise = torch.randn(
+            positions, output.shape[-1], generator=generator, dtype=torch.float32, device="cpu"
+        )
         out = noise.repeat(rows, 1, 1)
         change(out)
         return out.reshape(output.shape).to(output)

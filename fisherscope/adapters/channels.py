@@ -26,11 +26,11 @@ def verify_channels(model: nn.Module, mlp: MlpLayout) -> None:
     """
     check_channel_places(model, mlp)
     *expand, contract = mlp.weights
-    numbers = torch.arange(1, mlp.channels + 1)
+    numbers = torch.arange(1, mlp.channels + 1, dtype=torch.int64, device="cpu")
     digits = [numbers.bitwise_right_shift(b).bitwise_and(1).bool() for b in range(mlp.channels.bit_length())]
     rows = [(partition, chosen) for partition in expand for chosen in digits]
-    inputs_of = torch.tensor(contract.starts)
-    expected = torch.zeros(len(rows), contract.shape[contract.axis], dtype=torch.bool)
+    inputs_of = torch.tensor(contract.starts, dtype=torch.int64, device="cpu")
+    expected = torch.zeros(len(rows), contract.shape[contract.axis], dtype=torch.bool, device="cpu")
     for row, (_, chosen) in enumerate(rows):
         expected[row, inputs_of[chosen]] = True
     reached = torch.zeros_like(expected)
@@ -61,7 +61,9 @@ def _channel_inputs(
             for row, (partition, chosen) in enumerate(rows, start=1):
                 if projection_of(partition) == path:
                     # both ways by turns: half of a rectifier's inputs hide a change in one direction
-                    out[row, 0, torch.tensor(partition.starts)[chosen]] += -4.0 if seed % 2 else 4.0
+                    out[row, 0, torch.tensor(partition.starts, dtype=torch.int64, device="cpu")[chosen]] += (
+                        -4.0 if seed % 2 else 4.0
+                    )
 
         return apply
 

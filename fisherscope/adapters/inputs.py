@@ -102,8 +102,12 @@ def _ids(model: nn.Module, config: Any, generator: torch.Generator) -> Tensor:
     embeddings, text = _embeddings(model), config.get_text_config()
     special = set(_special_ids(config)) | set(_special_ids(text))
     limit = min(embeddings.num_embeddings, getattr(text, "vocab_size", None) or embeddings.num_embeddings)
-    allowed = torch.tensor([i for i in range(limit) if i not in special] or list(range(limit)))
-    chosen = allowed[torch.randint(0, len(allowed), (1, POSITIONS), generator=generator)]
+    allowed = torch.tensor(
+        [i for i in range(limit) if i not in special] or list(range(limit)), dtype=torch.int64, device="cpu"
+    )
+    chosen = allowed[
+        torch.randint(0, len(allowed), (1, POSITIONS), generator=generator, dtype=torch.int64, device="cpu")
+    ]
     return chosen.to(embeddings.weight.device)
 
 
@@ -116,7 +120,9 @@ def _special_ids(config: Any) -> Iterator[int]:
 def _encoded(model: nn.Module, config: Any, generator: torch.Generator) -> Tensor:
     """What an encoder that is not there would give to a decoder's cross attention."""
     weight = _embeddings(model).weight
-    return torch.randn(1, POSITIONS, config.hidden_size, generator=generator).to(weight.device, weight.dtype)
+    return torch.randn(
+        1, POSITIONS, config.hidden_size, generator=generator, dtype=torch.float32, device="cpu"
+    ).to(weight.device, weight.dtype)
 
 
 def _image(model: nn.Module, config: Any, generator: torch.Generator) -> Tensor:
@@ -127,6 +133,8 @@ def _image(model: nn.Module, config: Any, generator: torch.Generator) -> Tensor:
             )
     size = config.image_size
     height, width = (size, size) if isinstance(size, int) else size
-    image = torch.randn(1, config.num_channels, height, width, generator=generator)
+    image = torch.randn(
+        1, config.num_channels, height, width, generator=generator, dtype=torch.float32, device="cpu"
+    )
     parameter = next(model.parameters())
     return image.to(parameter.device, parameter.dtype)

@@ -36,7 +36,9 @@ def is_linear_map(module: nn.Module) -> bool:
 def _gives_what_its_matrix_gives(module: Any) -> bool:
     weight: Tensor = module.weight.detach()
     features = weight.shape[1 - output_axis(module)]
-    x = torch.randn(2, features, generator=torch.Generator().manual_seed(0)).to(weight)
+    x = torch.randn(
+        2, features, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu"
+    ).to(weight)
     expected = x @ (weight if is_transposed(module) else weight.T)
     if isinstance(module.bias, Tensor):
         expected = expected + module.bias.detach()

@@ -81,7 +81,7 @@ class _Perturbation:
             entries.copy_(entries.flip(0))
         else:
             scale = 2.0 if self.change == "added" else 4.0 * math.sqrt(self.block.heads)
-            entries += scale * torch.randn(width, generator=generator)
+            entries += scale * torch.randn(width, generator=generator, dtype=torch.float32, device="cpu")
 
 
 @dataclass(frozen=True)

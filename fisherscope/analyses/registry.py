@@ -15,6 +15,7 @@ from fisherscope.analyses.result import Result
 from fisherscope.errors import Interrupted, NotStoredError
 from fisherscope.plugins import Plugins
 from fisherscope.store import ContributionStore
+from fisherscope.torch_state import in_standard_state
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +126,7 @@ REGISTRY = Registry()
 register = REGISTRY.register
 
 
+@in_standard_state
 def run(
     store: ContributionStore,
     names: Iterable[str] | None = None,

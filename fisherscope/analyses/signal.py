@@ -20,7 +20,7 @@ def group_signal(store: ContributionStore, task: str) -> NDArray[np.float64] | N
     if store.header.fisher_shape != "full":
         return None
     table = GroupTable.build(store.layout, store.parameters)
-    sums = torch.zeros(len(table), dtype=torch.float64)
+    sums = torch.zeros(len(table), dtype=torch.float64, device="cpu")
     try:
         for name, members in table.members.items():
             square = store.mean(task, name).double().square_()[None]

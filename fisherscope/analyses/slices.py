@@ -228,7 +228,7 @@ class SliceReader:
     def mean_square(self, task: str, block: Block | Whole, weights: Tensor | None = None) -> Tensor:
         """Mean of h^2, or of (weight * h)^2, over the stored gradients: ``[heads, size]``, float32."""
         rows = self.stored(task)
-        values = torch.zeros(len(block), block.partition.slice_size, dtype=torch.float64)
+        values = torch.zeros(len(block), block.partition.slice_size, dtype=torch.float64, device="cpu")
         for head in range(len(block)):
             for chunk in self.chunks(block, rows):
                 gradients = self.normalised(task, block, head, chunk)

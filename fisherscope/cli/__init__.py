@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from typing import Annotated
 
 import typer
@@ -53,4 +55,7 @@ def _fisherscope(
 
 def main() -> None:
     """Entry point of the command ``fisherscope``."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        # samples, names and the help hold characters that an ASCII terminal or pipe cannot show
+        sys.stdout.reconfigure(errors="replace")
     app(prog_name="fisherscope")

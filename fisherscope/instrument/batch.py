@@ -95,7 +95,7 @@ def make_batch(
         attention_mask=mask.to(device),
         position_ids=(mask.cumsum(1) - 1).clamp_min(0).to(device),
         labels=labels.to(device),
-        tokens=torch.tensor([sample.tokens for sample in chosen], device=device),
+        tokens=torch.tensor([sample.tokens for sample in chosen], device=device, dtype=torch.int64),
         positions=max(sample.length for sample in chosen),
         token_types=types,
         pixels=torch.stack(images).to(device) if images else None,
@@ -104,8 +104,8 @@ def make_batch(
 
 def _padded(rows: Sequence[Sequence[int]], value: int, side: Literal["left", "right"]) -> Tensor:
     width = max(map(len, rows))
-    out = torch.full((len(rows), width), value, dtype=torch.long)
+    out = torch.full((len(rows), width), value, dtype=torch.long, device="cpu")
     for i, row in enumerate(rows):
         start = 0 if side == "right" else width - len(row)
-        out[i, start : start + len(row)] = torch.tensor(row, dtype=torch.long)
+        out[i, start : start + len(row)] = torch.tensor(row, dtype=torch.long, device="cpu")
     return out

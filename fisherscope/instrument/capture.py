@@ -89,7 +89,10 @@ class CaptureFactors(Collector):
             # the loss does not depend on it: whatever it was given, times nothing
             outputs = emission.linear_maps.output_axes[name]
             shape = emission.gradient.shape
-            a, d = torch.zeros(sum(lengths), shape[1 - outputs]), torch.zeros(sum(lengths), shape[outputs])
+            a, d = (
+                torch.zeros(sum(lengths), shape[1 - outputs], dtype=torch.float32, device="cpu"),
+                torch.zeros(sum(lengths), shape[outputs], dtype=torch.float32, device="cpu"),
+            )
         else:
             raise _refusal(name, found.reason)
         # copies: a view would keep the whole batch alive

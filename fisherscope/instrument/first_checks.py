@@ -84,7 +84,11 @@ def compute_error(run: RunPlan) -> dict[str, Tensor]:
     run.batch_pass.run(first, [rough])
     errors = _Errors(rough.stacked())
     run.batch_pass.computing_in(torch.float32).run(first, [errors])
-    return {"compute/error": torch.tensor([errors.found[name] for name in names])}
+    return {
+        "compute/error": torch.tensor(
+            [errors.found[name] for name in names], dtype=torch.float32, device="cpu"
+        )
+    }
 
 
 class _Errors(Collector):

@@ -19,7 +19,7 @@ class Kept:
 
     def __init__(self, tensor: Tensor) -> None:
         """Save the tensor; gradients must be enabled."""
-        anchor = torch.empty(0, requires_grad=True)
+        anchor = torch.empty(0, requires_grad=True, dtype=torch.float32, device="cpu")
         self._node: Any = _Keep.apply(anchor, tensor.detach()).grad_fn  # type: ignore[no-untyped-call]
 
     def get(self) -> Tensor:

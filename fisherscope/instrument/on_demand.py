@@ -208,7 +208,7 @@ def rerun(
 def gradients_again(again: Rerun, parameters: Sequence[str]) -> dict[str, Tensor]:
     """Gradients g_i of samples, in their order: per parameter ``[n, *shape]`` float32 on the CPU."""
     capture = Capture(parameters)
-    back = torch.tensor(again.run(capture)).argsort()
+    back = torch.tensor(again.run(capture), dtype=torch.int64, device="cpu").argsort()
     return {name: gradients[back] for name, gradients in capture.stacked().items()}
 
 

@@ -62,7 +62,7 @@ class BatchPass:
         self.dtype = compute_dtype
         self._collectors: Sequence[Collector] = ()
         self._batch: Batch | None = None
-        self._factors = torch.empty(0)
+        self._factors = torch.empty(0, dtype=torch.float32, device="cpu")
         self._segment: SegmentWriter | None = None
         self._start = 0
         self._emitted: set[str] = set()
@@ -152,7 +152,9 @@ class BatchPass:
         for name in self._context.parameters.keys() - self._emitted:
             # not on the path from the input to the loss: its gradient is zero, and that is a value
             parameter = self._context.parameters[name]
-            zeros = torch.zeros(len(self._batch), *parameter.shape, device=parameter.device)
+            zeros = torch.zeros(
+                len(self._batch), *parameter.shape, device=parameter.device, dtype=torch.float32
+            )
             self._emit(name, Dense(zeros))
 
     def _normalization(self, batch: Batch) -> Tensor:

@@ -44,7 +44,7 @@ def prepared(model: nn.Module, *, forward_only: bool = False) -> Iterator[None]:
         for parameter, _ in frozen:
             parameter.requires_grad_(False)
         checkpointed = nullcontext() if forward_only else _checkpointed(model)
-        with uncompiled(model), checkpointed, torch.inference_mode(mode=False), torch.enable_grad():
+        with uncompiled(model), checkpointed, torch.enable_grad():
             yield
     finally:
         for handle in handles:

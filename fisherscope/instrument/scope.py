@@ -16,11 +16,11 @@ from torch import nn
 
 from fisherscope.adapters import resolve
 from fisherscope.adapters.unwrap import unwrap, unwrap_pipeline
+from fisherscope.instrument.at_work import at_work, ready_to_run
 from fisherscope.instrument.capture import Factors
 from fisherscope.instrument.checking.schedule import Check
 from fisherscope.instrument.collection import SEALED_AHEAD, Collection
 from fisherscope.instrument.estimate import Estimate
-from fisherscope.instrument.exclusive import exclusive
 from fisherscope.instrument.extensions import Extension
 from fisherscope.instrument.guards import (
     nothing_half_written,
@@ -90,7 +90,7 @@ def wrap(
     """
     model, tokenizer = unwrap_pipeline(model, tokenizer)
     model = unwrap(model)
-    with exclusive(model):
+    with ready_to_run(model):
         layout = resolve(model, adapter=adapter, verify=verify, strict=strict)
         return Scope(model, tokenizer, layout, parameters)
 
@@ -133,6 +133,7 @@ class Scope:
         """
         return self._targets.coverage.copy()
 
+    @at_work
     def estimate(
         self,
         tasks: Tasks,
@@ -158,18 +159,18 @@ class Scope:
             An :class:`~fisherscope.instrument.estimate.Estimate`; print it.
         """
         begun = time.perf_counter()
-        with exclusive(self.model):
-            asked = CollectOptions(extensions=extensions, **options)
-            plan = self._planner.plan(tasks, asked, sizes_only=not measure)
-            if not measure:
-                return plan.estimate
-            header, constants = self._planner.header(plan), self._constants(plan)
-            prepared_in = time.perf_counter() - begun
-            where = None if directory is None else Path(directory)
-            trial = try_run(plan, header, constants, where)
+        asked = CollectOptions(extensions=extensions, **options)
+        plan = self._planner.plan(tasks, asked, sizes_only=not measure)
+        if not measure:
+            return plan.estimate
+        header, constants = self._planner.header(plan), self._constants(plan)
+        prepared_in = time.perf_counter() - begun
+        where = None if directory is None else Path(directory)
+        trial = try_run(plan, header, constants, where)
         memory = plan.estimate.memory_bytes if trial.memory_bytes is None else trial.memory_bytes
         return replace(plan.estimate, seconds=prepared_in + trial.seconds, memory_bytes=memory)
 
+    @at_work
     def collect(
         self,
         tasks: Tasks,
@@ -267,37 +268,37 @@ class Scope:
             quiet=quiet,
         )
         path = Path(out)
-        with exclusive(self.model):
-            refuse_changed_gradients(self.model)
-            plan = self._planner.plan(tasks, options)
-            header = self._planner.header(plan)
-            refuse_if_disk_is_small(plan.estimate, path)
-            with ExitStack() as stack:
-                writer = stack.enter_context(
-                    StoreWriter.open(
-                        path,
-                        header,
-                        rank=rank,
-                        durability=options.durability,
-                        resume=options.resume,
-                        world_size=world_size,
-                        queue=SEALED_AHEAD,
-                    )
+        refuse_changed_gradients(self.model)
+        plan = self._planner.plan(tasks, options)
+        header = self._planner.header(plan)
+        refuse_if_disk_is_small(plan.estimate, path)
+        with ExitStack() as stack:
+            writer = stack.enter_context(
+                StoreWriter.open(
+                    path,
+                    header,
+                    rank=rank,
+                    durability=options.durability,
+                    resume=options.resume,
+                    world_size=world_size,
+                    queue=SEALED_AHEAD,
                 )
-                stack.enter_context(nothing_half_written(writer))
-                plan = plan.settled(writer)
-                if options.store_text:
-                    writer.token_texts(texts_of_tokens(self.tokenizer, plan))
-                stop = stack.enter_context(stop_on_signals())
-                stack.enter_context(random_state(options.seed, deterministic=options.deterministic))
-                stack.enter_context(prepared(self.model))
-                if not options.quiet:
-                    sys.stderr.write(f"collect: {plan.estimate}; {plan.limits}\n")
-                count = sum(plan.share_rows(task) for task in plan.tasks)
-                bar = stack.enter_context(progress(count, quiet=options.quiet))
-                Collection(plan, writer, stop, bar, self._constants(plan)).run()
+            )
+            stack.enter_context(nothing_half_written(writer))
+            plan = plan.settled(writer)
+            if options.store_text:
+                writer.token_texts(texts_of_tokens(self.tokenizer, plan))
+            stop = stack.enter_context(stop_on_signals())
+            stack.enter_context(random_state(options.seed, deterministic=options.deterministic))
+            stack.enter_context(prepared(self.model))
+            if not options.quiet:
+                sys.stderr.write(f"collect: {plan.estimate}; {plan.limits}\n")
+            count = sum(plan.share_rows(task) for task in plan.tasks)
+            bar = stack.enter_context(progress(count, quiet=options.quiet))
+            Collection(plan, writer, stop, bar, self._constants(plan)).run()
         return open_store(path)
 
+    @at_work
     def gradients(
         self,
         store: ContributionStore | str | Path,
@@ -334,10 +335,10 @@ class Scope:
         options = CollectOptions(
             extensions=(), objective=objective, compute_dtype=compute_dtype, memory_budget=memory_budget
         )
-        with exclusive(self.model):
-            again = self._rerun(store, ids, tasks, options)
-            return gradients_again(again, chosen_parameters(self.parameters, parameters))
+        again = self._rerun(store, ids, tasks, options)
+        return gradients_again(again, chosen_parameters(self.parameters, parameters))
 
+    @at_work
     def factors(
         self,
         store: ContributionStore | str | Path,
@@ -378,10 +379,9 @@ class Scope:
             extensions=(), objective=objective, compute_dtype=compute_dtype, memory_budget=memory_budget
         )
         ids = list(dict.fromkeys((ids,) if isinstance(ids, str) else ids))
-        with exclusive(self.model):
-            again = self._rerun(store, ids, tasks, options)
-            known = [n for n in self.parameters if parameters is not None or n in again.weights]
-            found = factors_again(again, self.layout, chosen_parameters(known, parameters))
+        again = self._rerun(store, ids, tasks, options)
+        known = [n for n in self.parameters if parameters is not None or n in again.weights]
+        found = factors_again(again, self.layout, chosen_parameters(known, parameters))
         return dict(zip(ids, found, strict=True))
 
     def _rerun(
@@ -399,7 +399,7 @@ class Scope:
 
     def _theta_square(self, groups: GroupTable) -> torch.Tensor:
         """``sum theta ** 2`` of each group, float64."""
-        out = torch.zeros(len(groups), dtype=torch.float64)
+        out = torch.zeros(len(groups), dtype=torch.float64, device="cpu")
         by_name = dict(self.model.named_parameters())
         for name, members in groups.members.items():
             partitions: list[Partition | None] = [member.partition for member in members]

@@ -339,7 +339,9 @@ def _with_gradient(model: nn.Module, names: Sequence[str]) -> list[str]:
     parameters = [model.get_parameter(name) for name in names]
     with tracked(parameters), torch.enable_grad():
         output = first_output(model, probe_inputs(model, 1, seed=0))
-        weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
+        weights = torch.randn(
+            output.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu"
+        ).to(output)
         total = (output * weights).sum()
         if not total.requires_grad:
             return []

@@ -95,7 +95,10 @@ class Partition:
     @cached_property
     def _index(self) -> Tensor:
         """Positions along the axis, ``[pieces * width]``."""
-        return (torch.tensor(self.starts)[:, None] + torch.arange(self.width)).reshape(-1)
+        return (
+            torch.tensor(self.starts, dtype=torch.int64, device="cpu")[:, None]
+            + torch.arange(self.width, dtype=torch.int64, device="cpu")
+        ).reshape(-1)
 
     def _select(self, tensor: Tensor, dim: int) -> Tensor:
         """The partition's part of axis ``dim`` in order of pieces, ``pieces * width`` long."""

@@ -109,7 +109,7 @@ class Factored(PerSampleGradient):
         most = min(rows_all, max(1, budget // columns))
         rows = math.ceil(rows_all / math.ceil(rows_all / most))  # tiles of about one height
         samples = max(1, min(self.n, budget // (rows * columns)))
-        buffer = torch.empty(samples * rows * columns, device=self.device)
+        buffer = torch.empty(samples * rows * columns, device=self.device, dtype=torch.float32)
         for top in range(0, rows_all, rows):
             span = slice(top, min(top + rows, rows_all))
             left = self.left[:, :, span].mT
@@ -135,7 +135,7 @@ class Factored(PerSampleGradient):
         which cancel where the l_t of a sample add up to little, as those of keys do.
         """
         cut, kept = (self.left, self.right) if axis == 0 else (self.right, self.left)
-        out = torch.empty(self.n, self.shape[axis], device=self.device)
+        out = torch.empty(self.n, self.shape[axis], device=self.device, dtype=torch.float32)
         for samples in self._blocks(2 * self.shape[axis]):
             mine, other = _wide(cut[samples]), _wide(kept[samples])
             mean = other.mean(1, keepdim=True)
@@ -159,7 +159,7 @@ class Factored(PerSampleGradient):
             mine, other, image, weight = self.left, self.right, self._right_image, theta.T
         else:
             mine, other, image, weight = self.right, self.left, self._left_image, theta
-        out = torch.empty(self.n, self.shape[axis], device=self.device)
+        out = torch.empty(self.n, self.shape[axis], device=self.device, dtype=torch.float32)
         for samples in self._blocks(self.shape[axis]):
             first = _wide(mine[samples])
             second = (

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from fisherscope.layout import ParameterSlice, Partition
+from fisherscope.torch_state import in_full_precision
 
 _TILE_BYTES = {"cpu": 2 << 20}
 _DEFAULT_TILE_BYTES = 256 << 20
+_PRODUCTS = frozenset({"accumulate", "dense", "dots", "gram", "norms"})
 _MANY = 6  # from so many samples on one reduction is faster than adding them one by one
 
 
@@ -35,6 +37,12 @@ class PerSampleGradient(ABC):
     """
 
     shape: tuple[int, ...]
+
+    def __init_subclass__(cls) -> None:
+        """Whoever asks, products are float32: torch can be set to round what it multiplies to bfloat16."""
+        super().__init_subclass__()
+        for name in _PRODUCTS & vars(cls).keys():
+            setattr(cls, name, in_full_precision(vars(cls)[name]))
 
     @property
     @abstractmethod
@@ -103,7 +111,7 @@ class PerSampleGradient(ABC):
 
     def square_sum(self) -> Tensor:
         """``sum_i g_i ** 2``, ``[*shape]``."""
-        out = torch.zeros(self.shape, device=self.device)
+        out = torch.zeros(self.shape, device=self.device, dtype=torch.float32)
         self.accumulate(square=out)
         return out
 
@@ -129,7 +137,10 @@ class PerSampleGradient(ABC):
             For each partition ``[n, pieces]``.
         """
         along = axes_of(partitions)
-        sums = {axis: torch.zeros(self.n, self.shape[axis], device=self.device) for axis in set(along)}
+        sums = {
+            axis: torch.zeros(self.n, self.shape[axis], device=self.device, dtype=torch.float32)
+            for axis in set(along)
+        }
         for samples, rows, tile in self.tiles():
             if total is not None:
                 _add_over_samples(total[rows], tile)

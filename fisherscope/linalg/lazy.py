@@ -40,7 +40,7 @@ class OneByOne(PerSampleGradient):
 
     @override
     def dense(self) -> Tensor:
-        out = torch.zeros(self.n, *self.shape, device=self.device)
+        out = torch.zeros(self.n, *self.shape, device=self.device, dtype=torch.float32)
         for i, gradient in enumerate(self._each()):
             out[i] = gradient.values[0]
         return out

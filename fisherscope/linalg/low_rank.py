@@ -56,8 +56,11 @@ class LowRank(Factored):
             raise ValueError(f"no approximation of rank {rank} of gradients of shape {gradient.shape}")
         found = [_truncated(*parts, rank, rounding) for parts in _in_bases(gradient)]
         if not found:
-            empty = [torch.empty(0, rank, size, device=gradient.device) for size in gradient.shape]
-            return cls(empty[0], empty[1], torch.empty(0, device=gradient.device))
+            empty = [
+                torch.empty(0, rank, size, device=gradient.device, dtype=torch.float32)
+                for size in gradient.shape
+            ]
+            return cls(empty[0], empty[1], torch.empty(0, device=gradient.device, dtype=torch.float32))
         left, right, error = (torch.stack(values) for values in zip(*found, strict=True))
         rows, columns = _present(gradient)
         return cls(left * rows, right * columns, error)

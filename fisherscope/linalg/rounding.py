@@ -24,7 +24,7 @@ def row_scales(values: Tensor, dims: int) -> Tensor:
     """
     lead = values.shape[: values.dim() - dims]
     if not values.numel():
-        return torch.ones(lead, device=values.device)
+        return torch.ones(lead, device=values.device, dtype=torch.float32)
     largest = values.detach().reshape(*lead, -1).abs().amax(-1).double()
     mantissa, exponent = torch.frexp(largest)
     # a power of two is its own bound: rounding twice is then rounding once

@@ -45,7 +45,7 @@ class Rows(PerSampleGradient):
         """
         n, width = ids.shape[0], gradient.shape[-1]
         kept = (ids >= 0).flatten()
-        sample = torch.arange(n, device=ids.device).repeat_interleave(ids.shape[1])[kept]
+        sample = torch.arange(n, device=ids.device, dtype=torch.int64).repeat_interleave(ids.shape[1])[kept]
         keys, places = torch.unique(sample * rows + ids.flatten()[kept], return_inverse=True)
         values = gradient.new_zeros(len(keys), width, dtype=torch.float32)
         values.index_add_(0, places, gradient.reshape(-1, width)[kept].float())
@@ -63,7 +63,7 @@ class Rows(PerSampleGradient):
 
     @override
     def dense(self) -> Tensor:
-        out = torch.zeros(self.n, *self.shape, device=self.device)
+        out = torch.zeros(self.n, *self.shape, device=self.device, dtype=torch.float32)
         out[self.sample, self.row] = self.values
         return out
 
@@ -106,7 +106,7 @@ class Rows(PerSampleGradient):
         for top in range(0, rows, height):
             span = slice(top, min(top + height, rows))
             inside = (self.row >= span.start) & (self.row < span.stop)
-            tile = torch.zeros(self.n, span.stop - span.start, width, device=self.device)
+            tile = torch.zeros(self.n, span.stop - span.start, width, device=self.device, dtype=torch.float32)
             tile[self.sample[inside], self.row[inside] - top] = self.values[inside]
             yield slice(0, self.n), span, tile
 
@@ -144,11 +144,11 @@ class Rows(PerSampleGradient):
         results = []
         for partition, axis in zip(partitions, axes_of(partitions), strict=True):
             if partition is None:
-                whole = torch.zeros(self.n, device=self.device)
+                whole = torch.zeros(self.n, device=self.device, dtype=torch.float32)
                 results.append(whole.index_add_(0, self.sample, products.sum(1)).unsqueeze(1))
                 continue
             if axis not in marginals:
-                out = torch.zeros(self.n, self.shape[axis], device=self.device)
+                out = torch.zeros(self.n, self.shape[axis], device=self.device, dtype=torch.float32)
                 if axis == 0:
                     out[self.sample, self.row] = products.sum(1)
                 else:
@@ -162,7 +162,7 @@ class Rows(PerSampleGradient):
         theirs = self if other is None else other
         if not isinstance(theirs, Rows):
             return theirs.gram(self).T
-        out = torch.zeros(self.n, theirs.n, device=self.device)
+        out = torch.zeros(self.n, theirs.n, device=self.device, dtype=torch.float32)
         # only rows that both touch count: they are brought side by side, some at a time
         common = torch.unique(self.row)
         common = common[torch.isin(common, theirs.row)]
@@ -176,6 +176,6 @@ class Rows(PerSampleGradient):
         """The given rows (sorted) of every sample, ``[n, rows * E]``."""
         place = torch.searchsorted(rows, self.row).clamp_max(len(rows) - 1)
         found = rows[place] == self.row
-        out = torch.zeros(self.n, len(rows), self.shape[1], device=self.device)
+        out = torch.zeros(self.n, len(rows), self.shape[1], device=self.device, dtype=torch.float32)
         out[self.sample[found], place[found]] = self.values[found]
         return out.flatten(1)

@@ -77,7 +77,7 @@ class Total(PerSampleGradient):
     @override
     def gram(self, other: PerSampleGradient | None = None) -> Tensor:
         theirs = self if other is None else other
-        out = torch.zeros(self.n, theirs.n, device=self.device)
+        out = torch.zeros(self.n, theirs.n, device=self.device, dtype=torch.float32)
         for _, rows, tile in self.tiles():
             piece = ParameterSlice("", self.shape, (Cut(0, rows.start, rows.stop),))
             out += Dense(tile).gram(Dense(theirs.cut(piece).dense()))

@@ -23,10 +23,12 @@ from fisherscope.analyses import (
 )
 from fisherscope.report.facts import Facts, facts_of
 from fisherscope.report.saving import save
+from fisherscope.torch_state import in_standard_state
 
 logger = logging.getLogger(__name__)
 
 
+@in_standard_state
 def analyze(
     store_or_path: ContributionStore | str | Path,
     analyses: Iterable[str] | None = None,
@@ -127,6 +129,7 @@ class Report(Mapping[str, Result]):
         """What was found, in words: one paragraph per analysis."""
         return "\n\n".join(f"{name}\n{_words(outcome)}" for name, outcome in self.outcomes.items())
 
+    @in_standard_state
     def save(self, directory: str | Path) -> Path:
         """Write ``report.html``, ``results.json`` and ``tables/``: CSV, and what else a result has.
 

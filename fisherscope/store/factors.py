@@ -101,7 +101,7 @@ class Terms:
             if (counts == longest).all():
                 out.append(rows.view(len(positions), longest, rows.shape[1]))
                 continue
-            out.append(torch.zeros(len(positions), longest, rows.shape[1]))
+            out.append(torch.zeros(len(positions), longest, rows.shape[1], dtype=torch.float32, device="cpu"))
             out[-1][torch.from_numpy(inside)] = rows
         return out
 
@@ -216,8 +216,8 @@ def read_factors(
     """Factors of some samples, padded with zeros: a :class:`LowRank` where the store is one."""
     chunks = [(chunk, terms_of(store, chunk, place)) for chunk in index.chunks(chosen)]
     longest = max((int(terms.counts(c.positions).max()) for c, terms in chunks), default=0)
-    left = torch.zeros(len(chosen), longest, place.left.columns)
-    right = torch.zeros(len(chosen), longest, place.right.columns)
+    left = torch.zeros(len(chosen), longest, place.left.columns, dtype=torch.float32, device="cpu")
+    right = torch.zeros(len(chosen), longest, place.right.columns, dtype=torch.float32, device="cpu")
     for chunk, terms in chunks:
         for few, most in terms.batches(chunk, 0):
             if most >= 0:

@@ -30,6 +30,7 @@ from fisherscope.store.records import SegmentRecord, SnapshotRecord
 from fisherscope.store.schema import StoreHeader
 from fisherscope.store.shard import ShardFile
 from fisherscope.store.skeleton import DatasetSpec
+from fisherscope.torch_state import in_standard_state
 
 SHARD_BYTES = 256 << 20
 _PIECE = 16 << 20
@@ -53,6 +54,7 @@ class Finalized:
         return f"{before} shards of {large:,} bytes became {after} of {small:,} bytes"
 
 
+@in_standard_state
 def finalize(path: str | Path) -> Finalized:
     """Merge small shards of each task into shards of up to 256 MiB, and the ranks' aggregates into one.
 
@@ -224,7 +226,7 @@ def _merged_moments(parts: Sequence[MappedShard], prefix: str) -> dict[str, Tens
         merged = moments if merged is None else merged.merge(moments)
     assert merged is not None
     return {
-        "count": torch.tensor([merged.count]),
+        "count": torch.tensor([merged.count], dtype=torch.int64, device="cpu"),
         "mean": torch.from_numpy(merged.mean),
         "m2": torch.from_numpy(merged.m2),
     }

@@ -79,7 +79,7 @@ class GradientWriter:
             b = values.shape[1]
             key = (dataset.name, start, b)
             if key not in self.waiting:
-                whole = torch.empty((dataset.heads, b, dataset.columns), dtype=values.dtype)
+                whole = torch.empty((dataset.heads, b, dataset.columns), dtype=values.dtype, device="cpu")
                 self.waiting[key] = (whole, set())
             whole, there = self.waiting[key]
             whole[..., columns].copy_(values)

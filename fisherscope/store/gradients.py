@@ -25,8 +25,7 @@ from fisherscope.store.presence import require
 def read_parameter(store: OpenStore, index: TaskIndex, parameter: str, chosen: NDArray[np.int64]) -> Tensor:
     """Gradients of some samples for a whole parameter, ``[n, *shape]``."""
     place = store.gradient_plan.places[parameter]
-    make = torch.zeros if isinstance(place, FactoredPlace | LowRankPlace) else torch.empty
-    out = make((len(chosen), *store.layout.parameter(parameter).shape))
+    out = _room(place, (len(chosen), *store.layout.parameter(parameter).shape))
     for chunk in index.chunks(chosen):
         require(store, chunk, place)
         if isinstance(place, WholeDataset):
@@ -49,8 +48,7 @@ def read_heads(
     """Gradients of some samples for some heads of a partition, ``[heads, n, slice size]``."""
     place = store.gradient_plan.places[partition.parameter]
     starts = partition.starts[heads]
-    make = torch.zeros if isinstance(place, FactoredPlace | LowRankPlace) else torch.empty
-    out = make((len(starts), len(chosen), partition.slice_size))
+    out = _room(place, (len(starts), len(chosen), partition.slice_size))
     for chunk in index.chunks(chosen):
         require(store, chunk, place)
         if isinstance(place, WholeDataset):
@@ -66,6 +64,13 @@ def read_heads(
                     values = _heads(store, dataset, piece, few, slice(head, head + 1))
                     _put(out[number : number + 1], few, values)
     return out
+
+
+def _room(place: object, shape: tuple[int, ...]) -> Tensor:
+    """Where gradients of a place are put: products are added up there, anything else is copied whole."""
+    if isinstance(place, FactoredPlace | LowRankPlace):
+        return torch.zeros(shape, dtype=torch.float32, device="cpu")
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 def _pieces(chunk: Chunk, sample_bytes: int) -> Iterator[Chunk]:

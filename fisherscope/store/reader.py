@@ -31,6 +31,7 @@ from fisherscope.store import (
 from fisherscope.store.kronecker import KroneckerFactors
 from fisherscope.store.opened import OpenStore
 from fisherscope.store.token_texts import read_token_texts
+from fisherscope.torch_state import in_standard_state
 
 Samples: TypeAlias = slice | Sequence[int] | NDArray[np.int64] | None
 
@@ -102,6 +103,7 @@ class ContributionStore(OpenStore):
         """Which of two texts each position of a sample belongs to; None where that was not given."""
         return tables.token_types(self, self._task(task), row)
 
+    @in_standard_state
     def gradients(self, task: str, parameter: str, samples: Samples = None) -> Tensor:
         """Per-sample gradients g_i of the summed loss, signed, in whichever encoding they are stored.
 
@@ -121,6 +123,7 @@ class ContributionStore(OpenStore):
         memory.refuse_beyond(self.memory_budget, f"gradients of {parameter}", len(chosen), 4 * size)
         return gradients.read_parameter(self, index, parameter, chosen)
 
+    @in_standard_state
     def per_sample(self, task: str, parameter: str, samples: Samples = None) -> PerSampleGradient:
         """Per-sample gradients g_i in the representation in which they are stored.
 
@@ -185,6 +188,7 @@ class ContributionStore(OpenStore):
         """
         return encoded.errors(self, self._task(task))
 
+    @in_standard_state
     def slice(
         self,
         task: str,
@@ -213,6 +217,7 @@ class ContributionStore(OpenStore):
         self.layout.slice(layer, block, head, part=part, stack=stack)  # names what there is
         return self._slices(task, layer, block, part, stack, samples, slice(head, head + 1))[0]
 
+    @in_standard_state
     def slices(
         self,
         task: str,
@@ -250,6 +255,7 @@ class ContributionStore(OpenStore):
         memory.refuse_beyond(self.memory_budget, what, len(chosen), 4 * count * partition.slice_size)
         return gradients.read_heads(self, index, partition, chosen, heads)
 
+    @in_standard_state
     def fisher(self, task: str, parameter: str, labels: str = "data") -> Tensor:
         """Diagonal Fisher F = mean over samples of h_i ** 2, merged over ranks.
 
@@ -272,6 +278,7 @@ class ContributionStore(OpenStore):
             self, self._task(task), lookup.instrumented(self.header, parameter), f"fisher/{labels}"
         )
 
+    @in_standard_state
     def fisher_slice(
         self,
         task: str,
@@ -297,6 +304,7 @@ class ContributionStore(OpenStore):
         """Number of samples that :meth:`fisher` and :meth:`mean` cover; it may lag behind."""
         return sum(snapshot.count for snapshot in self._task(task).snapshots)
 
+    @in_standard_state
     def mean(self, task: str, parameter: str) -> Tensor:
         """Mean over samples of the normalised gradient h_i.
 
@@ -309,6 +317,7 @@ class ContributionStore(OpenStore):
         """
         return aggregates.mean_of(self, self._task(task), lookup.instrumented(self.header, parameter), "mean")
 
+    @in_standard_state
     def kronecker(self, task: str, module: str) -> KroneckerFactors:
         """Kronecker factors A and S of one linear map, merged over ranks.
 
@@ -326,6 +335,7 @@ class ContributionStore(OpenStore):
         """
         return kronecker.read_factors(self, self._task(task), module)
 
+    @in_standard_state
     def position_contributions(
         self, task: str, parameter: str, samples: Samples = None, *, block: str | None = None
     ) -> list[Tensor]:
@@ -387,6 +397,7 @@ class ContributionStore(OpenStore):
         """
         return proofs.proofs(self)
 
+    @in_standard_state
     def groups(self, task: str, labels: str = "data") -> pd.DataFrame:
         """Contributions per group, over all committed samples of a task, in float64.
 
@@ -401,6 +412,7 @@ class ContributionStore(OpenStore):
         """
         return tables.groups(self, self._task(task), labels)
 
+    @in_standard_state
     def group_values(self, task: str, samples: Samples = None) -> xr.Dataset:
         """Per sample and group ``square`` = sum g^2 and ``dot`` = <g, theta>, of the raw gradients g_i.
 

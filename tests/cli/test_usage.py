@@ -1,5 +1,6 @@
 """Wrong usage ends with 2 and says what is wrong; help teaches; the command line starts quickly."""
 
+import os
 import subprocess
 import sys
 
@@ -111,3 +112,16 @@ def test_equals_signs_in_file_names(run, tmp_path):
     from fisherscope.cli.tasks import parse_tasks
 
     assert str(parse_tasks(["a=b=c.jsonl"])["a"]) == "b=c.jsonl"
+
+
+def test_help_on_an_ascii_terminal():
+    """Characters that stdout cannot show are replaced; the command goes on."""
+    run = subprocess.run(
+        [sys.executable, "-m", "fisherscope", "collect", "--help"],
+        env={**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii", "COLUMNS": "80"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "Example: fisherscope collect" in run.stdout

@@ -18,6 +18,7 @@ import fisherscope as fs
 from fisherscope.errors import CoverageError, FisherscopeError, NotStoredError
 from fisherscope.linalg import Dense
 from tests import models
+from tests.instrument.torch_states import STATES
 
 pytest.importorskip("backpack")
 
@@ -131,6 +132,17 @@ def test_quantities_equal_the_loop(name: str, loss: Loss) -> None:
         assert parameter.grad is not None
         whole = expected[parameter_name].sum(0)
         assert models.relative_error(parameter.grad, whole, floor=floor) <= TOLERANCE, parameter_name
+
+
+@pytest.mark.parametrize("state", ["float16", "bfloat16", "float64"])
+def test_quantities_under_a_default_dtype(state: str) -> None:
+    """In a training loop of the user's own, too, torch's default dtype decides nothing."""
+    model, data = tiny(), models.rows(4)
+    expected = by_loop(model, data, next_tokens)
+    extend(model)
+    with STATES[state]():
+        run(model, data)
+    assert_equal_the_loop(model, expected)
 
 
 def test_a_mean_loss_gives_a_fraction() -> None:

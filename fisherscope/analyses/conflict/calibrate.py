@@ -22,6 +22,7 @@ from fisherscope.analyses.result import Result
 from fisherscope.analyses.slices import SliceReader
 from fisherscope.errors import NotStoredError
 from fisherscope.store import ContributionStore, open_store
+from fisherscope.torch_state import in_standard_state
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -72,6 +73,7 @@ _LIMITS = (
 )
 
 
+@in_standard_state
 def calibrate(
     store: ContributionStore | str | Path,
     config: AnalyzeConfig | None = None,

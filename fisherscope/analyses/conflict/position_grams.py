@@ -48,7 +48,7 @@ class PositionGram:
             )
         self.first = positions_a
         self._tile_bytes = min(_TILE_BYTES, memory_budget - needed)
-        self._lower = torch.zeros(n, n, dtype=torch.float64)  # below the diagonal and on it
+        self._lower = torch.zeros(n, n, dtype=torch.float64, device="cpu")  # below the diagonal and on it
 
     def add(self, left: Tensor, right: Tensor, scale: Tensor | None) -> None:
         """Add the inner products of one slice of a parameter.

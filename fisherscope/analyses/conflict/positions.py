@@ -21,10 +21,12 @@ from fisherscope.analyses.conflict.position_view import PositionView, pair_frame
 from fisherscope.analyses.slices import Block, SliceReader, damping
 from fisherscope.errors import NotStoredError
 from fisherscope.store import ContributionStore
+from fisherscope.torch_state import in_standard_state
 
 _DEFAULT = ConflictConfig()
 
 
+@in_standard_state
 def carrying_positions(
     store: ContributionStore,
     sample_a: str,
@@ -96,6 +98,7 @@ def carrying_positions(
     return view
 
 
+@in_standard_state
 def carrying_positions_of_pairs(
     store: ContributionStore,
     pairs: Sequence[tuple[str, str]],

@@ -126,7 +126,7 @@ class FullScorer:
         if (b, a) in self._grams:
             return self._grams[b, a].T
         if (a, b) not in self._grams:
-            found = torch.empty(self.all_rows[a], self.all_rows[b], dtype=torch.float64)
+            found = torch.empty(self.all_rows[a], self.all_rows[b], dtype=torch.float64, device="cpu")
             for rows, first in loaded(a):
                 for columns, second in loaded(b):
                     found[rows, columns] = _inner(first, second)
@@ -141,7 +141,7 @@ class FullScorer:
 
 def _inner(first: Tensor, second: Tensor) -> Tensor:
     """Inner products in float64, some columns at a time."""
-    out = torch.zeros(len(first), len(second), dtype=torch.float64)
+    out = torch.zeros(len(first), len(second), dtype=torch.float64, device="cpu")
     for start in range(0, first.shape[1], _COLUMNS):
         columns = slice(start, start + _COLUMNS)
         out.addmm_(first[:, columns].double(), second[:, columns].double().T)

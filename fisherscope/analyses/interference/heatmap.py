@@ -18,6 +18,7 @@ from fisherscope.analyses.interference.query import BUDGET, stored_names, warn_o
 from fisherscope.analyses.interference.totals import Extremes
 from fisherscope.analyses.slices import Loaded, SliceReader, find_block, stored_blocks
 from fisherscope.store import ContributionStore
+from fisherscope.torch_state import in_standard_state
 
 
 class BlockHeatmap(TypedDict):
@@ -37,6 +38,7 @@ class BlockHeatmap(TypedDict):
     top_conflicts: list[dict[str, Any]]
 
 
+@in_standard_state
 def compute_heatmap(
     store: ContributionStore,
     task_a: str,

@@ -42,8 +42,8 @@ class Stretch:
 
     def blank_diagonal(self) -> None:
         """Set NaN where a task meets itself and a sample itself."""
-        rows = torch.arange(self.rows.start, self.rows.stop)[:, None]
-        own = rows == torch.arange(self.columns.start, self.columns.stop)
+        rows = torch.arange(self.rows.start, self.rows.stop, dtype=torch.int64, device="cpu")[:, None]
+        own = rows == torch.arange(self.columns.start, self.columns.stop, dtype=torch.int64, device="cpu")
         for values in (self.scores, self.magnitude, self.reported):
             if values is not None:
                 values.masked_fill_(own, torch.nan)

@@ -50,7 +50,7 @@ class OverlapTest:
     """
 
     def __init__(self, n_a: int, n_b: int, permutations: int, rng: np.random.Generator) -> None:
-        self.labels = torch.zeros(permutations + 1, n_a + n_b, dtype=torch.float64)
+        self.labels = torch.zeros(permutations + 1, n_a + n_b, dtype=torch.float64, device="cpu")
         self.labels[0, :n_a] = 1
         observed = self.labels[0].numpy()
         for draw in range(1, permutations + 1):
@@ -68,12 +68,14 @@ class OverlapTest:
         """
         white = whitening(fisher, lam)
         within = torch.zeros_like(self.labels)
-        columns_sums = torch.zeros(self.labels.shape[1], dtype=torch.float64)
-        present = torch.zeros(self.labels.shape[1], dtype=torch.bool)
+        columns_sums = torch.zeros(self.labels.shape[1], dtype=torch.float64, device="cpu")
+        present = torch.zeros(self.labels.shape[1], dtype=torch.bool, device="cpu")
         for rows, columns, overlap in _overlaps(loaded, a, b, white):
             # of a sample without a gradient there it is 0 / 0
             present[rows] |= ~overlap.isnan().all(1)
-            own = torch.arange(rows.start, rows.stop)[:, None] == torch.arange(columns.start, columns.stop)
+            own = torch.arange(rows.start, rows.stop, dtype=torch.int64, device="cpu")[
+                :, None
+            ] == torch.arange(columns.start, columns.stop, dtype=torch.int64, device="cpu")
             values = overlap.nan_to_num_(0.0).masked_fill_(own, 0.0).double()
             within[:, columns].addmm_(self.labels[:, rows], values)
             columns_sums[columns] += values.sum(0)

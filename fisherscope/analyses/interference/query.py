@@ -14,10 +14,12 @@ from fisherscope.analyses.interference.full import FullScorer
 from fisherscope.analyses.interference.measuring import applied, nothing_stored, rows_to_load, scorer_for
 from fisherscope.analyses.slices import Block, Loaded, SliceReader, find_block
 from fisherscope.store import ContributionStore
+from fisherscope.torch_state import in_standard_state
 
 BUDGET = 1 << 30
 
 
+@in_standard_state
 def matrix(
     store: ContributionStore,
     task_a: str,
@@ -82,6 +84,7 @@ def matrix(
     )
 
 
+@in_standard_state
 def compute_sample_pair(
     store: ContributionStore,
     task_a: str,
@@ -164,7 +167,7 @@ def warn_of_empty(reader: SliceReader, tasks: tuple[str, str]) -> bool:
     """Whether one of the tasks has no stored gradients at all, with a warning."""
     empty = [task for task in dict.fromkeys(tasks) if not reader.stored(task)]
     for task in empty:
-        warnings.warn(nothing_stored(reader, task), stacklevel=3)
+        warnings.warn(nothing_stored(reader, task), stacklevel=4)
     return bool(empty)
 
 
@@ -173,7 +176,7 @@ def warn_of_damping(what: str) -> None:
     warnings.warn(
         f"{what} the smallest non-zero eigenvalue of F: scores come near the identity matrix, whatever the "
         "samples; raise ridge_rel",
-        stacklevel=4,
+        stacklevel=5,
     )
 
 
@@ -189,11 +192,15 @@ def _scores(
     """M of one slice ``[n_a, n_b]``, and lam."""
     a, b = tasks
     if warn_of_empty(reader, tasks):
-        return torch.zeros(*(reader.rows(task, config.max_samples_per_task) for task in tasks)), float("nan")
+        return torch.zeros(
+            *(reader.rows(task, config.max_samples_per_task) for task in tasks),
+            dtype=torch.float32,
+            device="cpu",
+        ), float("nan")
     scorer = scorer_for(reader, tuple(dict.fromkeys(tasks)), config)
     fisher, lam = denominators(reader, block, [tasks], config)[tasks]
     loaded = Loaded(reader, block, head, rows_to_load(scorer))
-    scores = torch.empty(scorer.rows[a], scorer.rows[b])
+    scores = torch.empty(scorer.rows[a], scorer.rows[b], dtype=torch.float32, device="cpu")
     for stretch in scorer.stretches(loaded, a, b, fisher[head], lam):
         chosen = stretch.reported if leave_pair_out else stretch.scores
         assert chosen is not None

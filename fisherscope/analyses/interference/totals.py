@@ -54,8 +54,8 @@ class Totals:
     """Sums over stretches of M ``[n_a, n_b]``."""
 
     def __init__(self, n_a: int) -> None:
-        self._sums = torch.zeros(n_a, dtype=torch.float64)
-        self._counts = torch.zeros(n_a, dtype=torch.float64)
+        self._sums = torch.zeros(n_a, dtype=torch.float64, device="cpu")
+        self._counts = torch.zeros(n_a, dtype=torch.float64, device="cpu")
         self._magnitude = 0.0
         self._overlap = 0.0
         self._split = False

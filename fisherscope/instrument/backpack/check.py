@@ -33,7 +33,7 @@ class SumCheck:
             return
         self._checked.add(name)
         expected = (whole.to_dense() if whole.is_sparse else whole).detach().float()
-        total = torch.zeros(gradient.shape, device=gradient.device)
+        total = torch.zeros(gradient.shape, device=gradient.device, dtype=torch.float32)
         gradient.accumulate(total=total)
         largest = float(expected.abs().max())
         self._largest = max(self._largest, largest)

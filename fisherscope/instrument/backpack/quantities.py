@@ -40,7 +40,7 @@ def _batch_l2(gradient: PerSampleGradient, _extension: BackpropExtension) -> Ten
 
 def _variance(gradient: PerSampleGradient, _extension: BackpropExtension) -> Tensor:
     """Population variance over the samples of the batch, ``[*shape]``."""
-    square = torch.zeros(gradient.shape, device=gradient.device)
+    square = torch.zeros(gradient.shape, device=gradient.device, dtype=torch.float32)
     total = torch.zeros_like(square)
     gradient.accumulate(square=square, total=total)
     return (square / gradient.n - (total / gradient.n).square()).clamp_min_(0)

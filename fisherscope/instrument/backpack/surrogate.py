@@ -31,7 +31,7 @@ def run_on_gradients(extension: BackpropExtension, gradients: Tensor, theta: Ten
         FisherscopeError: the extension saves nothing for the weight of an ``nn.Linear``.
     """
     shape, entries = theta.shape, theta.numel()
-    layer: Any = nn.Linear(1, entries, bias=False, device="meta")
+    layer: Any = nn.Linear(1, entries, bias=False, device="meta", dtype=theta.dtype)
     layer.weight = nn.Parameter(theta.detach().reshape(entries, 1))
     layer.input0 = gradients.new_ones(len(gradients), 1)
     layer.output = layer.weight.detach().T.expand(len(gradients), -1)

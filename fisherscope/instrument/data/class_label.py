@@ -91,7 +91,7 @@ def class_number(label: Any, reading: Reading, place: Place) -> int:
 
 def _pixels(row: Mapping[str, Any], reading: Reading, place: Place) -> Tensor:
     if "pixel_values" in row:
-        values = torch.as_tensor(row["pixel_values"])
+        values = torch.as_tensor(row["pixel_values"], dtype=torch.float32, device="cpu")
     elif "image" in row:
         if not callable(reading.tokenizer):
             raise place.error(

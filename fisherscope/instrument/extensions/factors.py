@@ -55,7 +55,11 @@ class FactorWriter:
             raise refusal(name, found.reason)
         else:
             # the loss does not depend on it: whatever it was given, times nothing
-            writer.put_output(name, start, torch.zeros(sum(lengths), place.output.columns))
+            writer.put_output(
+                name,
+                start,
+                torch.zeros(sum(lengths), place.output.columns, dtype=torch.float32, device="cpu"),
+            )
         if not self._awaited[shared]:
             self._inputs.pop(shared, None)
 
@@ -75,7 +79,9 @@ class FactorWriter:
         for shared in self._sharing.keys() - self._written:
             rows = sum(segment.gradients.lengths(shared, start, self._n))
             columns = segment.gradients.factored(shared).input.columns
-            segment.gradients.put_input(shared, start, torch.zeros(rows, columns))
+            segment.gradients.put_input(
+                shared, start, torch.zeros(rows, columns, dtype=torch.float32, device="cpu")
+            )
         self._inputs.clear()
 
 
@@ -93,10 +99,10 @@ def kept_terms(found: ByPosition, lengths: Sequence[int], *, is_target: bool) ->
     """
     if found.uses != 1:
         return f"its layer is called {found.uses} times for a sample"
-    wanted = torch.tensor(lengths, device=found.attended.device).unsqueeze(1)
+    wanted = torch.tensor(lengths, device=found.attended.device, dtype=torch.int64).unsqueeze(1)
     kept = found.attended
     if is_target:
-        kept = torch.arange(kept.shape[1], device=kept.device) < wanted
+        kept = torch.arange(kept.shape[1], device=kept.device, dtype=torch.int64) < wanted
     if (kept.sum(1, keepdim=True) != wanted).any() or (found.attended & ~kept).any():
         return "its layer sees other positions than the sample has"
     if found.output_gradients[~kept].any():

@@ -82,8 +82,10 @@ class FisherCollector(Collector):
         self._total: dict[str, Tensor] = {}
         if full:
             for name, parameter in context.parameters.items():
-                self._square[name] = torch.zeros(parameter.shape, device=parameter.device)
-                self._total[name] = torch.zeros(parameter.shape, device=parameter.device)
+                self._square[name] = torch.zeros(
+                    parameter.shape, device=parameter.device, dtype=torch.float32
+                )
+                self._total[name] = torch.zeros(parameter.shape, device=parameter.device, dtype=torch.float32)
 
     @override
     def sinks(self, parameter: str) -> Sinks:

@@ -26,14 +26,14 @@ class GroupValues(Collector):
         self._size = len(context.groups)
         self._device = context.device
         self._moments = Moments.empty(self._size)
-        self.square = self.dot = torch.empty(0)
-        self._normalised = torch.empty(0)
+        self.square = self.dot = torch.empty(0, dtype=torch.float32, device="cpu")
+        self._normalised = torch.empty(0, dtype=torch.float32, device="cpu")
 
     @override
     def begin(self, n: int) -> None:
-        self.square = torch.zeros(n, self._size, device=self._device)
-        self.dot = torch.zeros(n, self._size, device=self._device)
-        self._normalised = torch.zeros(n, self._size, device=self._device)
+        self.square = torch.zeros(n, self._size, device=self._device, dtype=torch.float32)
+        self.dot = torch.zeros(n, self._size, device=self._device, dtype=torch.float32)
+        self._normalised = torch.zeros(n, self._size, device=self._device, dtype=torch.float32)
 
     @override
     def update(self, emission: Emission, segment: SegmentWriter | None, start: int) -> None:
@@ -56,7 +56,7 @@ class GroupValues(Collector):
     @override
     def state(self) -> dict[str, Tensor]:
         return {
-            "moments/count": torch.tensor([self._moments.count]),
+            "moments/count": torch.tensor([self._moments.count], dtype=torch.int64, device="cpu"),
             "moments/mean": torch.from_numpy(self._moments.mean.copy()),
             "moments/m2": torch.from_numpy(self._moments.m2.copy()),
         }

@@ -127,7 +127,10 @@ class KroneckerCollector(Collector):
         inputs, outputs = found.inputs.shape[2], found.output_gradients.shape[2]
         inputs += f"{module}.bias" in self._context.parameters
         device = found.inputs.device
-        return _Sums(torch.zeros(inputs, inputs, device=device), torch.zeros(outputs, outputs, device=device))
+        return _Sums(
+            torch.zeros(inputs, inputs, device=device, dtype=torch.float32),
+            torch.zeros(outputs, outputs, device=device, dtype=torch.float32),
+        )
 
     def _is_expected(self, name: str) -> bool:
         """Whether a parameter that is no linear map by itself does what one does: experts, convolutions."""
@@ -150,7 +153,9 @@ class KroneckerCollector(Collector):
         for module, sums in self._sums.items():
             arrays[f"kronecker/A/{module}"] = sums.A.cpu()
             arrays[f"kronecker/S/{module}"] = sums.S.cpu()
-            arrays[f"kronecker/positions/{module}"] = torch.tensor([sums.positions])
+            arrays[f"kronecker/positions/{module}"] = torch.tensor(
+                [sums.positions], dtype=torch.int64, device="cpu"
+            )
         return arrays
 
     @override

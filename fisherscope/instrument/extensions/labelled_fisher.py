@@ -30,9 +30,9 @@ class LabelledFisherCollector(Collector):
         self.draws = draws
         self._device = context.device
         self._moments = Moments.empty(len(context.groups))
-        self._values = torch.empty(0)
+        self._values = torch.empty(0, dtype=torch.float32, device="cpu")
         self._square = {
-            name: torch.zeros(parameter.shape, device=parameter.device)
+            name: torch.zeros(parameter.shape, device=parameter.device, dtype=torch.float32)
             for name, parameter in context.parameters.items()
             if full
         }
@@ -43,7 +43,7 @@ class LabelledFisherCollector(Collector):
 
     @override
     def begin(self, n: int) -> None:
-        self._values = torch.zeros(n, len(self._moments.mean), device=self._device)
+        self._values = torch.zeros(n, len(self._moments.mean), device=self._device, dtype=torch.float32)
 
     @override
     def update(self, emission: Emission, segment: SegmentWriter | None, start: int) -> None:
@@ -61,7 +61,7 @@ class LabelledFisherCollector(Collector):
         prefix = f"moments/{self.labels}"
         return {
             **{f"fisher/{self.labels}/{name}": value.detach().cpu() for name, value in self._square.items()},
-            f"{prefix}/count": torch.tensor([self._moments.count]),
+            f"{prefix}/count": torch.tensor([self._moments.count], dtype=torch.int64, device="cpu"),
             f"{prefix}/mean": torch.from_numpy(self._moments.mean.copy()),
             f"{prefix}/m2": torch.from_numpy(self._moments.m2.copy()),
         }

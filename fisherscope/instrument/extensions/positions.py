@@ -79,7 +79,9 @@ class PositionCollector(Collector):
             raise _refusal(emission.parameter, found.reason)
         else:
             # the loss does not depend on it
-            values = [torch.zeros(length, place.columns) for length in lengths]
+            values = [
+                torch.zeros(length, place.columns, dtype=torch.float32, device="cpu") for length in lengths
+            ]
         segment.put_ragged(place.name, start, values)
 
 

@@ -57,7 +57,9 @@ class Predictions:
         """The how-manieth label of its sample each is, ``[m]`` int64."""
         counts = torch.bincount(self.sample)
         starts = counts.cumsum(0) - counts
-        return torch.arange(len(self.sample), device=self.sample.device) - starts[self.sample]
+        return (
+            torch.arange(len(self.sample), device=self.sample.device, dtype=torch.int64) - starts[self.sample]
+        )
 
 
 Predict = Callable[[nn.Module, Batch], Predictions | Tensor]

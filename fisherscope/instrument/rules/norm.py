@@ -71,8 +71,8 @@ def _is_affine_in_its_weight(module: nn.Module) -> bool:
     generator = torch.Generator().manual_seed(0)
     # a model without weights, of which only sizes are asked, has no values to compare
     device = torch.device("cpu") if weight.is_meta else weight.device
-    x = torch.randn(2, 3, *weight.shape, generator=generator).to(device)
-    scale = torch.rand(weight.shape, generator=generator).to(device)
+    x = torch.randn(2, 3, *weight.shape, generator=generator, dtype=torch.float32, device="cpu").to(device)
+    scale = torch.rand(weight.shape, generator=generator, dtype=torch.float32, device="cpu").to(device)
     modes = module.training
     try:
         module.training = False
