@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fisherscope.instrument.batch import Batch
 from fisherscope.instrument.objectives import Objective
+from fisherscope.instrument.squares import Sinks, measure
 from fisherscope.layout import GroupTable
 from fisherscope.linalg import Dense
 
@@ -32,9 +33,10 @@ def group_squares(
 
     def reduce(name: str, gradient: Tensor) -> None:
         members = groups.members[name]
-        norms = Dense(gradient.float().unsqueeze(0)).norms([m.partition for m in members])
-        for member, values in zip(members, norms, strict=True):
-            squares[member.first : member.first + values.shape[1]] += values[0].double().cpu()
+        one = torch.ones(1, dtype=torch.float32, device=gradient.device)
+        found = measure(Dense(gradient.float().unsqueeze(0)), one, [m.partition for m in members], Sinks())
+        for member, values in zip(members, found.pieces, strict=True):
+            squares[member.first : member.first + values.shape[1]] += values[0].cpu()
 
     with ExitStack() as stack:
         stack.enter_context(tracked(parameters.values()))

@@ -12,7 +12,7 @@ from typing_extensions import override
 from fisherscope.layout import ParameterSlice, Partition
 from fisherscope.linalg import cost
 from fisherscope.linalg.dense import Dense
-from fisherscope.linalg.gradient import PerSampleGradient, axes_of, pieces, tile_bytes
+from fisherscope.linalg.gradient import PerSampleGradient, axes_of, largest, pieces, tile_bytes
 
 
 class Factored(PerSampleGradient):
@@ -119,6 +119,12 @@ class Factored(PerSampleGradient):
                 tile = buffer[: math.prod(size)].view(size)
                 _multiply(left[chosen], self.right[chosen], tile)
                 yield chosen, span, tile
+
+    @override
+    def bounds(self) -> Tensor:
+        """The sum over positions of the products of both sides' largest entries."""
+        left, right = (largest(factor).double().cpu() for factor in (self.left, self.right))
+        return (left * right).sum(1)
 
     @override
     def norms(self, partitions: Sequence[Partition | None]) -> list[Tensor]:

@@ -31,32 +31,32 @@ class GroupValues(Collector):
 
     @override
     def begin(self, n: int) -> None:
-        self.square = torch.zeros(n, self._size, device=self._device)
-        self.dot = torch.zeros(n, self._size, device=self._device)
-        self._normalised = torch.zeros(n, self._size, device=self._device)
+        self.square, self.dot, self._normalised = (group_zeros(n, self._size, self._device) for _ in range(3))
 
     @override
     def update(self, emission: Emission, segment: SegmentWriter | None, start: int) -> None:
         del segment, start
-        undo = emission.factors.square().reciprocal().unsqueeze(1)
+        undo = emission.factors.to(self.square).square().reciprocal().unsqueeze(1)
         for member, norms, dots in zip(emission.members, emission.square_norms, emission.dots, strict=True):
             columns = slice(member.first, member.first + norms.shape[1])
             # several parameters add to one channel
-            self._normalised[:, columns] += norms.to(self._device)
-            self.square[:, columns] += (norms * undo).to(self._device)
-            self.dot[:, columns] += dots.to(self._device)
+            squares = norms.to(self.square.device)
+            self._normalised[:, columns] += squares
+            self.square[:, columns] += squares * undo
+            self.dot[:, columns] += dots.to(self.dot.device)
 
     @override
     def end(self, segment: SegmentWriter | None, start: int) -> None:
         self._moments = self._moments.merge(Moments.of(self._normalised.cpu().numpy()))
         if segment is not None:
-            segment.put("groups/square", start, self.square.cpu())
-            segment.put("groups/dot", start, self.dot.cpu())
+            # the root: float32 holds the norm of any gradient that it holds, and the squares of few
+            segment.put("groups/norm", start, self.square.sqrt().float().cpu())
+            segment.put("groups/dot", start, self.dot.float().cpu())
 
     @override
     def state(self) -> dict[str, Tensor]:
         return {
-            "moments/count": torch.tensor([self._moments.count]),
+            "moments/count": torch.tensor([self._moments.count], dtype=torch.int64),
             "moments/mean": torch.from_numpy(self._moments.mean.copy()),
             "moments/m2": torch.from_numpy(self._moments.m2.copy()),
         }
@@ -68,3 +68,9 @@ class GroupValues(Collector):
             arrays["moments/mean"].numpy().copy(),
             arrays["moments/m2"].numpy().copy(),
         )
+
+
+def group_zeros(n: int, groups: int, device: torch.device) -> Tensor:
+    """Zeros in float64, ``[n, groups]``, on the device where that has float64."""
+    where = torch.device("cpu") if device.type == "mps" else device
+    return torch.zeros(n, groups, dtype=torch.float64, device=where)

@@ -75,7 +75,7 @@ class PositionCollector(Collector):
         found = emission.by_position
         if isinstance(found, ByPosition):
             values = _of_samples(found, place, lengths)
-        elif emission.gradient.square_sum().any():
+        elif not emission.is_zero:
             raise _refusal(emission.parameter, found.reason)
         else:
             # the loss does not depend on it
