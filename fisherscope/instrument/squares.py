@@ -123,7 +123,7 @@ def _fix(scale: Scale, gradient: PerSampleGradient, factors: Tensor, whole: Tens
     if is_in_range(float(whole.max())):
         scale.is_fixed = True
         return False
-    bound = float((gradient.bounds() * factors.double().cpu()).max())
+    bound = float((gradient.bounds() * factors.cpu().double()).max())
     if bound == 0 or not math.isfinite(bound):
         return False
     scale.exponent, scale.is_fixed = exponent_of(bound), True
@@ -135,7 +135,7 @@ def _exponents(gradient: PerSampleGradient, factors: Tensor, *, default: int) ->
 
     The default is that of a sample whose gradient is 0, or not finite.
     """
-    bounds = gradient.bounds() * factors.double().cpu()
+    bounds = gradient.bounds() * factors.cpu().double()
     exponents = _TARGET - torch.frexp(bounds)[1].long()
     known = bounds.isfinite() & (bounds > 0)
     return torch.where(known, exponents.clamp(-LIMIT, LIMIT), default)
@@ -151,7 +151,7 @@ def _measure_again(
 ) -> None:
     """Replace the squares of some samples by those that have powers of two of their own."""
     powers = torch.exp2(exponents.double())
-    found = gradient.scaled(factors * powers.to(factors)).norms(partitions)
+    found = gradient.scaled(factors * powers.to(factors)).balanced().norms(partitions)
     for values, better in zip(pieces, found, strict=True):
         chosen, units = again.to(values.device), powers.square().to(values)
         values[chosen] = (unscaled(better, 0) / units.unsqueeze(1))[chosen]

@@ -62,7 +62,7 @@ class Dense(PerSampleGradient):
 
     @override
     def bounds(self) -> Tensor:
-        return largest(self.values.flatten(1)).double().cpu()
+        return largest(self.values.flatten(1)).cpu().double()
 
     @override
     def dots(self, theta: Tensor, partitions: Sequence[Partition | None]) -> list[Tensor]:

@@ -94,6 +94,10 @@ class PerSampleGradient(ABC):
             found[samples] = torch.maximum(found[samples], largest(tile.flatten(1)))
         return found.cpu().double()
 
+    def balanced(self) -> PerSampleGradient:
+        """The same gradients, in such a form that no square of what they are made of leaves the range."""
+        return self
+
     def square_sum(self) -> Tensor:
         """``sum_i g_i ** 2``, ``[*shape]``."""
         out = torch.zeros(self.shape, device=self.device)

@@ -137,7 +137,7 @@ class Rows(PerSampleGradient):
     def bounds(self) -> Tensor:
         found = torch.zeros(self.n, dtype=torch.float32, device=self.device)
         found.scatter_reduce_(0, self.sample, largest(self.values).float(), "amax")
-        return found.double().cpu()
+        return found.cpu().double()
 
     @override
     def dots(self, theta: Tensor, partitions: Sequence[Partition | None]) -> list[Tensor]:
