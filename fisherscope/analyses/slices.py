@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fisherscope.analyses.magnitude import unit_exponent
 from fisherscope.errors import NotStoredError
 from fisherscope.layout import AttentionLayout, ParameterInfo, Partition
 from fisherscope.layout.attention import Part
@@ -143,6 +145,18 @@ class SliceReader:
         self._stored: dict[str, int] = {}
         self._held: tuple[Block | None, dict[str, Tensor]] = None, {}
 
+    @cached_property
+    def exponent(self) -> int:
+        """All gradients come multiplied by ``2 ** exponent``, and F by its square; 0 for usual sizes."""
+        return unit_exponent(self.store)
+
+    def _in_units(self, gradients: Tensor) -> Tensor:
+        return gradients * 2.0**self.exponent if self.exponent else gradients
+
+    def lam_of(self, lam: float) -> float:
+        """Damping as it is, of that in the units of the reader."""
+        return lam * 4.0**-self.exponent
+
     def factors(self, task: str) -> Tensor:
         """What makes h_i of g_i, per sample ``[n]``."""
         if task not in self._factors:
@@ -194,7 +208,7 @@ class SliceReader:
             return
         values = {}
         for task, n in rows.items():
-            values[task] = self.store.slices(
+            found = self.store.slices(
                 task,
                 layer=block.attention.layer,
                 block=block.name,
@@ -202,26 +216,29 @@ class SliceReader:
                 stack=block.attention.stack,
                 samples=slice(0, n),
             )
+            values[task] = self._in_units(found)
         self._held = block, values
 
     def gradients(self, task: str, block: Block | Whole, head: int, rows: slice) -> Tensor:
-        """Signed g of one slice ``[rows, size]``, float32; not to be changed in place."""
+        """Signed g of one slice, in units ``[rows, size]``, float32; not to be changed in place."""
         held, values = self._held
         if held is block and task in values and rows.stop <= values[task].shape[1]:
             return values[task][head, rows]
-        return block.read(self.store, task, head, rows)
+        return self._in_units(block.read(self.store, task, head, rows))
 
     def normalised(self, task: str, block: Block | Whole, head: int, rows: slice) -> Tensor:
         """Normalised h of one slice ``[rows, size]``, float32."""
         return self.gradients(task, block, head, rows) * self.factors(task)[rows, None]
 
     def fisher(self, task: str, block: Block | Whole) -> Tensor:
-        """F of all slices of a block, ``[heads, size]``, float32.
+        """F of all slices of a block, in units ``[heads, size]``; float64 where float32 cannot hold it.
 
         Over all samples of the task; where F comes from gradients, over those whose gradients are stored.
         """
         if self.source == "full":
             full = self.store.fisher(task, block.partition.parameter)
+            if self.exponent:
+                full = (full.double() * 4.0**self.exponent).float()
             return block.partition.gather(full[None])[:, 0]
         return self.mean_square(task, block)
 
@@ -263,11 +280,14 @@ class Loaded:
             yield rows, values
 
 
-def damping(fisher: Tensor, config: Damping) -> float:
+def damping(fisher: Tensor, config: Damping, exponent: int = 0) -> float:
     """Damping lam of one block: ``max(epsilon, ridge, ridge_rel * median of F over the block)``.
 
     Args:
         fisher: F of the block, any shape.
         config: holds epsilon, ridge, ridge_rel.
+        exponent: F is in units of ``4 ** -exponent``, and so is what is returned; ``ridge`` is not, and
+            ``epsilon`` is a number that no denominator falls below.
     """
-    return max(config.epsilon, config.ridge, config.ridge_rel * float(np.median(fisher.numpy())))
+    ridge = config.ridge * 4.0**exponent
+    return max(config.epsilon, ridge, config.ridge_rel * float(np.median(fisher.numpy())))

@@ -87,7 +87,8 @@ class PerSampleGradient(ABC):
     def bounds(self) -> Tensor:
         """Bounds of each sample's largest absolute entry, ``[n]`` float64 on the CPU.
 
-        Only a gradient of 0 has 0. They may exceed it, but are of its magnitude; a gradient that is not finite has no finite bound.
+        Only a gradient of 0 has 0. They may exceed it, but are of its magnitude; a gradient that is not
+        finite has no finite bound.
         """
         found = torch.zeros(self.n, dtype=torch.float32, device=self.device)
         for samples, _, tile in self.tiles():

@@ -135,7 +135,7 @@ def test_a_factor_of_the_losses_is_squared(encoding: str, model: nn.Module, tmp_
 def test_other_labels_and_factors_have_units_of_their_own(
     scale: float, model: nn.Module, tmp_path: Path
 ) -> None:
-    """F of each token by itself, group values alone, Kronecker factors: each is what it is at 1, times squares."""
+    """F of each token, group values alone, Kronecker factors: each is what it is at 1, times squares."""
     kinds = (fs.Fisher(shape="groups"), fs.ExactPerToken(), "kronecker")
     objective = partial(scaled_predictions, by=1.0)
     one, other = (

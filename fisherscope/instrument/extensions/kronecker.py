@@ -161,8 +161,8 @@ class KroneckerCollector(Collector):
             if not all(torch.isfinite(into.value.diagonal()).all() for into in (sums.A, sums.S)):
                 raise NonFiniteError(
                     f"the Kronecker factors of {module} overflow: what it is given, or the gradient of what "
-                    "it gives, has grown so much since the first batch that float32 cannot hold both. Leave out "
-                    "the samples whose losses explode, or the map with Kronecker(parameters=[...])"
+                    "it gives, has grown so much since the first batch that float32 cannot hold both. Leave "
+                    "out the samples whose losses explode, or the map with Kronecker(parameters=[...])"
                 )
 
     @override
