@@ -72,7 +72,7 @@ class Emission:
         """``<g, theta>`` over each piece of each member: ``[n, pieces]`` float64."""
         partitions = [member.partition for member in self.members]
         exponents = self._squares.exponents
-        if not exponents.any():
+        if exponents is None or not exponents.any():
             return [unscaled(values, 0) for values in self.gradient.dots(self.theta, partitions)]
         powers = torch.exp2(exponents.double())
         found = self.gradient.scaled(powers.to(self.factors)).dots(self.theta, partitions)

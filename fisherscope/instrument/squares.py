@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fisherscope.layout import Partition
 from fisherscope.linalg import PerSampleGradient, RunningSum
-from fisherscope.linalg.scaling import LIMIT, doubtful, exponent_of, is_in_range, unscaled
+from fisherscope.linalg.scaling import LIMIT, are_sure, doubtful, exponent_of, is_in_range, unscaled
 
 _TARGET = 30  # squares of gradients up to 2 ** 30 may be added up by the million, and 2 ** -63 is still exact
 
@@ -70,11 +70,12 @@ class Squares:
 
     Attributes:
         pieces: for each partition ``[n, pieces]``, float64.
-        exponents: those of the powers of two with which each sample was measured, ``[n]`` int64 on the CPU.
+        exponents: those of the powers of two with which each sample was measured, ``[n]`` int64 on the CPU;
+            None where all are 0.
     """
 
     pieces: list[Tensor]
-    exponents: Tensor
+    exponents: Tensor | None = None
 
 
 def measure(
@@ -96,14 +97,15 @@ def measure(
         sinks.clear()  # it held zeros before this batch, which is now measured in other units
         found = _one_pass(gradient, factors, partitions, sinks)
     pieces = [unscaled(values, 2 * scale.exponent) for values in found]
-    exponents = torch.full((gradient.n,), scale.exponent, dtype=torch.int64, device="cpu")
-    uncertain = doubtful(found[at]).squeeze(1)
-    if uncertain.any():
-        own = _exponents(gradient, factors, default=scale.exponent)
-        again = uncertain.cpu() & (own != scale.exponent)
-        exponents = torch.where(again, own, exponents)
-        if again.any():
-            _measure_again(gradient, factors, partitions, pieces, exponents, again)
+    if are_sure(found[at]):
+        if scale.exponent == 0:
+            return Squares(pieces)
+        return Squares(pieces, torch.full((gradient.n,), scale.exponent, dtype=torch.int64, device="cpu"))
+    own = _exponents(gradient, factors, default=scale.exponent)
+    again = doubtful(found[at]).squeeze(1).cpu() & (own != scale.exponent)
+    exponents = torch.where(again, own, scale.exponent)
+    if again.any():
+        _measure_again(gradient, factors, partitions, pieces, exponents, again)
     return Squares(pieces, exponents)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
@@ -13,6 +12,7 @@ from torch import Tensor
 from fisherscope.linalg.scaling import exponent_of
 
 _COMPENSATION = torch.bfloat16  # of a rounding error, whose own digits count for little
+_PIECE = 1 << 16  # entries at a time: all that is read and written of them stays in a core's cache
 
 
 class RunningSum:
@@ -82,12 +82,12 @@ class RunningSum:
 
     def add(self, values: Tensor) -> None:
         """Add the sum of a batch, ``[*shape]`` float32; ``values`` is used up."""
-        _add(self.value, self.lost, values.add_(self.lost), torch.empty_like(values))
+        _add(self.value, self.lost, values.add_(self.lost))
 
     def add_rows(self, rows: Tensor, values: Tensor) -> None:
         """Add ``values [m, ...]`` to some rows, each at most once; ``values`` is used up."""
         value, lost = self.value[rows], self.lost[rows]
-        _add(value, lost, values.add_(lost), torch.empty_like(values))
+        _add(value, lost, values.add_(lost))
         self.value[rows], self.lost[rows] = value, lost
 
     def batch(self) -> BatchSum:
@@ -102,29 +102,23 @@ class BatchSum:
         """Nothing is added before rows are asked for."""
         self._into = into
         self._rows: slice | None = None
-        self._work = self._other = into.value.new_empty(0)
+        self._buffer = self._open = into.value.new_empty(0)
 
     def rows(self, rows: slice) -> Tensor:
         """Where to add what belongs to these rows, ``[rows, ...]`` float32; other rows are finished."""
         if self._rows != rows:
             self._finish()
             lost = self._into.lost[rows]
-            if lost.numel() > self._work.numel():
-                self._work, self._other = (lost.new_empty(lost.numel(), dtype=torch.float32) for _ in "ab")
+            if lost.numel() > self._buffer.numel():
+                self._buffer = lost.new_empty(lost.numel(), dtype=torch.float32)
             # what was lost before is where the batch begins
-            self._view(self._work, lost).copy_(lost)
+            self._open = self._buffer[: lost.numel()].view(lost.shape).copy_(lost)
             self._rows = rows
-        return self._view(self._work, self._into.lost[rows])
-
-    @staticmethod
-    def _view(buffer: Tensor, like: Tensor) -> Tensor:
-        return buffer[: math.prod(like.shape)].view(like.shape)
+        return self._open
 
     def _finish(self) -> None:
-        if self._rows is None:
-            return
-        value, lost = self._into.value[self._rows], self._into.lost[self._rows]
-        _add(value, lost, self._view(self._work, value), self._view(self._other, value))
+        if self._rows is not None:
+            _add(self._into.value[self._rows], self._into.lost[self._rows], self._open)
         self._rows = None
 
     def __enter__(self) -> Self:
@@ -155,10 +149,19 @@ class PlainSum:
         """Nothing is left to be done."""
 
 
-def _add(value: Tensor, lost: Tensor, batch: Tensor, buffer: Tensor) -> None:
-    """``value += batch``, and ``lost`` becomes what rounding takes away; the others are used up."""
-    torch.add(value, batch, out=buffer)
-    value.sub_(buffer)
+def _add(value: Tensor, lost: Tensor, batch: Tensor) -> None:
+    """``value += batch``, and ``lost`` becomes what rounding takes away; ``batch`` is used up."""
+    if value.device.type != "cpu" or value.numel() <= _PIECE:
+        _add_piece(value, lost, batch)
+        return
+    pieces = (torch.split(tensor.view(-1), _PIECE) for tensor in (value, lost, batch))
+    for piece in zip(*pieces, strict=True):
+        _add_piece(*piece)
+
+
+def _add_piece(value: Tensor, lost: Tensor, batch: Tensor) -> None:
+    new = value + batch
+    value.sub_(new)
     batch.add_(value)
     lost.copy_(batch)
-    value.copy_(buffer)
+    value.copy_(new)

@@ -39,6 +39,14 @@ def is_in_range(square: float) -> bool:
     return 4.0**_LOWEST <= square <= 4.0**_HIGHEST
 
 
+def are_sure(squares: Tensor) -> bool:
+    """Whether no squared norm can have lost digits to the range of float32."""
+    if not squares.numel():
+        return True
+    low, high = torch.aminmax(squares)
+    return bool(low >= _SURE[0]) and bool(high <= _SURE[1])
+
+
 def doubtful(squares: Tensor) -> Tensor:
     """Which of some squared norms may have lost digits to the range of float32: also 0, infinity and NaN."""
     low, high = _SURE

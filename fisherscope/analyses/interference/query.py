@@ -44,8 +44,8 @@ def matrix(
 
     Returns:
         Axes (sample_a, sample_b) with the sample ids, float32 (float64 for gradients far from 1);
-        ``attrs`` tell the slice, lam and the form. Where a task meets itself, the diagonal is NaN. Zeros, with a warning, where a task has no stored
-        gradients.
+        ``attrs`` tell the slice, lam and the form. Where a task meets itself, the diagonal is NaN. Zeros,
+        with a warning, where a task has no stored gradients.
 
     Raises:
         KeyError: no such task or slice, or its gradients are not stored.
