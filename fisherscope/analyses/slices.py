@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -21,6 +22,7 @@ from fisherscope.store.presence import require
 
 # How many tensors of the size of what is read exist at the same time, at most, while working on it.
 _COPIES = 6
+_TOO_SMALL = 1e-30  # the least damping is 1.2e-38, which must be small beside F
 
 
 class Damping(Protocol):
@@ -136,19 +138,30 @@ class SliceReader:
             (the mean over the stored gradients).
     """
 
-    def __init__(self, store: ContributionStore, memory_budget: int) -> None:
+    def __init__(
+        self, store: ContributionStore, memory_budget: int, tasks: Sequence[str] | None = None
+    ) -> None:
+        """Nothing is read yet.
+
+        Args:
+            store: an open store.
+            memory_budget: bytes.
+            tasks: that are compared, which settle the units; by default all of the store.
+        """
         self.store = store
+        self._tasks = tasks
         self.memory_budget = memory_budget
         full = store.header.fisher_shape == "full" and {*store.gradient_parameters} <= {*store.parameters}
         self.source = "full" if full else "gradients"
         self._factors: dict[str, Tensor] = {}
         self._stored: dict[str, int] = {}
         self._held: tuple[Block | None, dict[str, Tensor]] = None, {}
+        self._apart: set[str] = set()
 
     @cached_property
     def exponent(self) -> int:
         """All gradients come multiplied by ``2 ** exponent``, and F by its square; 0 for usual sizes."""
-        return unit_exponent(self.store)
+        return unit_exponent(self.store, self._tasks)
 
     def _in_units(self, gradients: Tensor) -> Tensor:
         return gradients * 2.0**self.exponent if self.exponent else gradients
@@ -239,8 +252,21 @@ class SliceReader:
             full = self.store.fisher(task, block.partition.parameter)
             if self.exponent:
                 full = (full.double() * 4.0**self.exponent).float()
+            self._warn_of_apart(task, block, float(full.max()))
             return block.partition.gather(full[None])[:, 0]
         return self.mean_square(task, block)
+
+    def _warn_of_apart(self, task: str, block: Block | Whole, largest: float) -> None:
+        if not 0 < largest < _TOO_SMALL or task in self._apart:
+            return
+        self._apart.add(task)
+        warnings.warn(
+            f"F of {block.partition.parameter} in task {task!r} is at most {self.lam_of(largest):.1g}, so "
+            "far below that of the other tasks that no damping in float32 suits both: scores that divide by "
+            "it alone mean nothing. Analyse the task by itself (tasks=[...]), or collect it again with its "
+            "losses multiplied by a power of two",
+            stacklevel=3,
+        )
 
     def mean_square(self, task: str, block: Block | Whole, weights: Tensor | None = None) -> Tensor:
         """Mean of h^2, or of (weight * h)^2, over the stored gradients: ``[heads, size]``, float32."""

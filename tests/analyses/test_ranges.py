@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import warnings
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from torch import Tensor, nn
 
 import fisherscope as fs
 from fisherscope.analyses import interference
-from fisherscope.analyses.config import InterferenceConfig
+from fisherscope.analyses.config import AnalyzeConfig, ConflictConfig, InterferenceConfig
 from fisherscope.analyses.magnitude import unit_exponent
+from fisherscope.instrument.batch import Batch
+from fisherscope.instrument.objectives.causal_lm import causal_lm
 from tests import models
 from tests.instrument.test_ranges import scaled_loss
 
@@ -130,3 +134,36 @@ def test_every_form(form: Any, scale: float, collected: Any) -> None:
     compare(others / power, matrix)
     compare(other / power, single)
     np.testing.assert_allclose(damped / scale**2, lam, rtol=1e-3)
+
+
+def one_task_is_quiet(model: nn.Module, batch: Batch, *, by: float) -> Tensor:
+    """Losses of task b times a number."""
+    losses = causal_lm(model, batch).losses(len(batch))
+    return losses * by if batch.task == "b" else losses
+
+
+def test_tasks_of_very_different_size(tmp_path: Path) -> None:
+    """Cosines and what divides by the loud task's F are right; of the other F it is said."""
+    model, found = models.build(models.named("qwen2")), []
+    for by in (1.0, 1e-22):
+        store = fs.wrap(model).collect(
+            DATA,
+            tmp_path / f"{by}.fs",
+            extensions=("fisher", fs.SampleGradients(dtype="float32")),
+            objective=partial(one_task_is_quiet, by=by),
+            batch_size=3,
+            quiet=True,
+        )
+        config = AnalyzeConfig(conflict=ConflictConfig(metric="euclidean"))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found.append(fs.analyze(store, analyses=["conflict", "interference"], config=config))
+        said = [str(one.message) for one in caught if "no damping in float32 suits both" in str(one.message)]
+        assert bool(said) == (by != 1)
+        assert all("self_attn" in text and "task 'b'" in text for text in said)
+    levels = [report["conflict"].extra["levels"] for report in found]
+    compare(numbers(levels[1], ["mean"]), numbers(levels[0], ["mean"]))
+    before, after = (report["interference"].frame for report in found)
+    chosen = before["task_a"] == "a"
+    compare(after["mean"][chosen].to_numpy() * 1e22, before["mean"][chosen].to_numpy())
+    assert not np.isinf(numbers(after, ["mean", "max", "min"])).any()

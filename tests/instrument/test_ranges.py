@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 import fisherscope as fs
-from fisherscope.errors import NonFiniteError
+from fisherscope.errors import Interrupted, NonFiniteError
 from fisherscope.instrument.batch import Batch
+from fisherscope.instrument.extensions.full_sums import FullSums
 from fisherscope.instrument.objectives.base import Predictions
 from fisherscope.instrument.objectives.causal_lm import causal_lm
 from fisherscope.store import finalize, verify
 from tests import models
+from tests.instrument.test_resume import assert_identical, interrupt_at_batch
 
 SETTING = models.named("qwen2")
 SCALES = [1e-30, 1e-20, 1e-12, 1.0, 1e10, 1e15, 1e20]
@@ -70,18 +72,21 @@ def gradients() -> dict[str, Tensor]:
 
 def collect(model: nn.Module, out: Path, scale: float, *extensions: Any, **options: Any) -> Any:
     """A store of the scaled losses."""
+    predicts = any(isinstance(one, fs.ExactPerToken) for one in extensions)
     return fs.wrap(model).collect(
         {"a": DATA},
         out,
         extensions=extensions or ("fisher",),
-        objective=partial(scaled_loss, by=scale),
+        objective=partial(scaled_predictions if predicts else scaled_loss, by=scale),
         **({"batch_size": 2, "quiet": True} | options),
     )
 
 
 def close(found: Any, expected: Any, tolerance: float = 2e-5) -> None:
     """Finite, and within a tolerance of the largest entry."""
-    found, expected = (torch.from_numpy(np.array(values, np.float64)) for values in (found, expected))
+    found, expected = (
+        torch.from_numpy(np.asarray(values).astype(np.float64)) for values in (found, expected)
+    )
     assert torch.isfinite(found).all()
     largest = expected.abs().max()
     assert largest > 0
@@ -246,3 +251,55 @@ def _fisher_of(model: nn.Module, rows: Any, scale: float, scratch: Path) -> dict
         {"a": rows}, out, extensions=("fisher",), objective=partial(scaled_loss, by=scale), quiet=True
     )
     return {name: store.fisher("a", name) for name in store.parameters}
+
+
+def test_what_float32_cannot_hold_is_said(model: nn.Module, tmp_path: Path) -> None:
+    """Position contributions are squares in float32: too small ones are warned of, too large ones refused."""
+    with pytest.warns(UserWarning, match=r"position contributions of \S*_proj.weight to a_\d+ add up to .e-"):
+        collect(model, tmp_path / "small.fs", 1e-25, "fisher", "position_contributions")
+    with pytest.raises(
+        NonFiniteError, match=r"position contributions of \S*_proj.weight to a_\d+ .* float32"
+    ):
+        collect(model, tmp_path / "large.fs", 1e20, "fisher", "position_contributions")
+    with pytest.warns(UserWarning, match=r"gradients with respect to \S+ are below 1e-35"):
+        collect(model, tmp_path / "tiny.fs", 1e-37)
+
+
+@pytest.mark.parametrize("scale", [1e-22, 1.0, 1e17])
+def test_a_run_that_was_interrupted_is_bit_identical(
+    scale: float, model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Units and what rounding took are kept in snapshots: F, mean and factors go on bit by bit."""
+    kinds = ("fisher", fs.ExactPerToken(), "kronecker")
+    whole = collect(model, tmp_path / "whole.fs", scale, *kinds, batch_size=1)
+    with monkeypatch.context() as patch:
+        interrupt_at_batch(patch, 3)
+        with pytest.raises(Interrupted):
+            collect(model, tmp_path / "again.fs", scale, *kinds, batch_size=1)
+    again = collect(model, tmp_path / "again.fs", scale, *kinds, batch_size=1)
+    assert_identical(again, whole)
+    for name in whole.parameters:
+        first, second = (store.fisher("a", name, labels="exact_per_token") for store in (whole, again))
+        assert torch.equal(first, second)
+    module = "model.layers.1.self_attn.o_proj"
+    assert torch.equal(again.kronecker("a", module).S, whole.kronecker("a", module).S)
+
+
+def test_halved_batches_sum_up_to_the_same(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch that fails in the middle of its pass, after some sums have had it, is in no sum twice."""
+    whole = collect(model, tmp_path / "whole.fs", 1e-21, batch_size=4)
+    added = FullSums.added
+
+    def short_of_memory(self: FullSums, emission: Any) -> None:
+        added(self, emission)
+        if len(emission.batch) == 4 and emission.parameter.endswith("q_proj.weight"):
+            raise MemoryError
+
+    monkeypatch.setattr(FullSums, "added", short_of_memory)
+    with pytest.warns(UserWarning, match="memory ran out"):
+        halved = collect(model, tmp_path / "halved.fs", 1e-21, batch_size=4)
+    for name in whole.parameters:
+        if not name.endswith("k_proj.bias"):
+            close(halved.fisher("a", name), whole.fisher("a", name), 1e-6)

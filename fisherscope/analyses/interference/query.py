@@ -58,7 +58,7 @@ def matrix(
     found = find_block(store, layer, block, config.part, stack)
     if not 0 <= head < len(found):
         raise IndexError(f"{block} of layer {layer} has {len(found)} heads, asked for {head}")
-    reader = SliceReader(store, memory_budget)
+    reader = SliceReader(store, memory_budget, (task_a, task_b))
     scores, lam = _scores(reader, found, head, (task_a, task_b), config, leave_pair_out=leave_pair_out)
     samples = [store.samples(task)["id"].to_numpy() for task in (task_a, task_b)]
     options = applied(config)
@@ -117,7 +117,7 @@ def compute_sample_pair(
     attention = store.layout.attention_layer(layer, stack)
     attention.kv_head(head)
     blocks = stored_names(store, layer, stack, config)
-    reader = SliceReader(store, BUDGET)
+    reader = SliceReader(store, BUDGET, (task_a, task_b))
     for task, row in ((task_a, sample_i), (task_b, sample_j)):
         n, stored = reader.rows(task), reader.stored(task)
         if not 0 <= row < (stored or n):
