@@ -165,7 +165,9 @@ class Run:
         if self.header.squares == "plain":
             return {**squares, **sums, **moments}
         # every rank and state has units of its own, and some of every sum is in what rounding took
-        exponents = {name: 20 - 7 * place - len(rows) for place, name in enumerate(self.header.parameters)}
+        exponents = {
+            name: 20 - 7 * (place % 5) - len(rows) for place, name in enumerate(self.header.parameters)
+        }
         scaled = {name: v * 2.0 ** (2 * exponents[name.split("/", 2)[2]]) for name, v in squares.items()}
         scaled |= {name: v * 2.0 ** exponents[name.split("/", 1)[1]] for name, v in sums.items()}
         lost = {f"lost/{name}": (v * 2.0**-26).to(torch.bfloat16) for name, v in scaled.items()}

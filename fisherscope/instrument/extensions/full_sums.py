@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -55,8 +56,12 @@ class FullSums:
     def check(self) -> None:
         """That no sum has overflowed.
 
+        Under the data's labels gradients that are not finite are left to the check of the batch's group values,
+        which names the sample.
+
         Raises:
-            NonFiniteError: one has; the message names the parameter.
+            NonFiniteError: one has, or gradients under other labels are not finite; the message names the
+                parameter.
         """
         if not self._added:
             return
@@ -65,6 +70,13 @@ class FullSums:
             square = self._sinks[name].square
             if value < _ROOM or square is None or bool(torch.isfinite(square.value).all()):
                 continue
+            if not math.isfinite(value):
+                if self._labels == "data":
+                    continue
+                raise NonFiniteError(
+                    f"the gradient with respect to {name} under labels={self._labels!r} is not finite: leave "
+                    "out the samples with extreme predictions, or load the model in a dtype of larger range"
+                )
             scale = self._sinks[name].scale.exponent
             raise NonFiniteError(
                 f"the sum of squared gradients of {name} overflows: its gradients have grown so much since "
