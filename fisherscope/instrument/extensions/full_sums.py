@@ -56,8 +56,8 @@ class FullSums:
     def check(self) -> None:
         """That no sum has overflowed.
 
-        Under the data's labels gradients that are not finite are left to the check of the batch's group values,
-        which names the sample.
+        Under the data's labels gradients that are not finite are left to the check of the batch's group
+        values, which names the sample.
 
         Raises:
             NonFiniteError: one has, or gradients under other labels are not finite; the message names the

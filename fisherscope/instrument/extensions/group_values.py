@@ -65,7 +65,9 @@ class GroupValues(Collector):
             NonFiniteError: an inner product with the weights is too large.
         """
         groups = self._context.groups.groups
-        if (large := self.dot.abs() > torch.finfo(torch.float32).max).any():
+        # gradients that are not finite are named with their sample
+        large = (self.dot.abs() > torch.finfo(torch.float32).max) & self.square.isfinite()
+        if large.any():
             group = groups[int(large.nonzero()[0, 1])]
             raise NonFiniteError(
                 f"<g, theta> of {group.parameter} is beyond what float32 holds: multiply the losses by a "
