@@ -28,7 +28,7 @@ from fisherscope.instrument.objectives import resolve_objective
 from fisherscope.instrument.passes import BatchPass
 from fisherscope.instrument.prepared import prepared
 from fisherscope.layout import GroupTable
-from fisherscope.linalg import Dense, Factored
+from fisherscope.linalg import Dense, Factored, RunningSum
 
 VOCABULARY = 512
 
@@ -109,10 +109,10 @@ class Squares(Collector):
     """F in the shape of the parameters, and nothing else; with ``mean``, the mean of h beside it."""
 
     def __init__(self, context: Context, *, mean: bool = False) -> None:
-        self.square = {
-            name: torch.zeros_like(p, dtype=torch.float32) for name, p in context.parameters.items()
-        }
-        self.total = {name: torch.zeros_like(s) for name, s in self.square.items()} if mean else {}
+        self.square, self.total = (
+            {n: RunningSum.zeros(*p.shape, device=p.device) for n, p in context.parameters.items() if wanted}
+            for wanted in (True, mean)
+        )
 
     def update(self, emission: Emission, segment: object, start: int) -> None:
         """Add up, in one pass over the gradients."""

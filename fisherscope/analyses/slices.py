@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fisherscope.analyses.magnitude import unit_exponent
 from fisherscope.errors import NotStoredError
 from fisherscope.layout import AttentionLayout, ParameterInfo, Partition
 from fisherscope.layout.attention import Part
@@ -19,6 +22,7 @@ from fisherscope.store.presence import require
 
 # How many tensors of the size of what is read exist at the same time, at most, while working on it.
 _COPIES = 6
+_TOO_SMALL = 1e-30  # the least damping is 1.2e-38, which must be small beside F
 
 
 class Damping(Protocol):
@@ -134,14 +138,37 @@ class SliceReader:
             (the mean over the stored gradients).
     """
 
-    def __init__(self, store: ContributionStore, memory_budget: int) -> None:
+    def __init__(
+        self, store: ContributionStore, memory_budget: int, tasks: Sequence[str] | None = None
+    ) -> None:
+        """Nothing is read yet.
+
+        Args:
+            store: an open store.
+            memory_budget: bytes.
+            tasks: that are compared, which settle the units; by default all of the store.
+        """
         self.store = store
+        self._tasks = tasks
         self.memory_budget = memory_budget
         full = store.header.fisher_shape == "full" and {*store.gradient_parameters} <= {*store.parameters}
         self.source = "full" if full else "gradients"
         self._factors: dict[str, Tensor] = {}
         self._stored: dict[str, int] = {}
         self._held: tuple[Block | None, dict[str, Tensor]] = None, {}
+        self._apart: set[str] = set()
+
+    @cached_property
+    def exponent(self) -> int:
+        """All gradients come multiplied by ``2 ** exponent``, and F by its square; 0 for usual sizes."""
+        return unit_exponent(self.store, self._tasks)
+
+    def _in_units(self, gradients: Tensor) -> Tensor:
+        return gradients * 2.0**self.exponent if self.exponent else gradients
+
+    def lam_of(self, lam: float) -> float:
+        """Damping as it is, of that in the units of the reader."""
+        return lam * 4.0**-self.exponent
 
     def factors(self, task: str) -> Tensor:
         """What makes h_i of g_i, per sample ``[n]``."""
@@ -194,7 +221,7 @@ class SliceReader:
             return
         values = {}
         for task, n in rows.items():
-            values[task] = self.store.slices(
+            found = self.store.slices(
                 task,
                 layer=block.attention.layer,
                 block=block.name,
@@ -202,28 +229,44 @@ class SliceReader:
                 stack=block.attention.stack,
                 samples=slice(0, n),
             )
+            values[task] = self._in_units(found)
         self._held = block, values
 
     def gradients(self, task: str, block: Block | Whole, head: int, rows: slice) -> Tensor:
-        """Signed g of one slice ``[rows, size]``, float32; not to be changed in place."""
+        """Signed g of one slice, in units ``[rows, size]``, float32; not to be changed in place."""
         held, values = self._held
         if held is block and task in values and rows.stop <= values[task].shape[1]:
             return values[task][head, rows]
-        return block.read(self.store, task, head, rows)
+        return self._in_units(block.read(self.store, task, head, rows))
 
     def normalised(self, task: str, block: Block | Whole, head: int, rows: slice) -> Tensor:
         """Normalised h of one slice ``[rows, size]``, float32."""
         return self.gradients(task, block, head, rows) * self.factors(task)[rows, None]
 
     def fisher(self, task: str, block: Block | Whole) -> Tensor:
-        """F of all slices of a block, ``[heads, size]``, float32.
+        """F of all slices of a block, in units ``[heads, size]``; float64 where float32 cannot hold it.
 
         Over all samples of the task; where F comes from gradients, over those whose gradients are stored.
         """
         if self.source == "full":
             full = self.store.fisher(task, block.partition.parameter)
+            if self.exponent:
+                full = (full.double() * 4.0**self.exponent).float()
+            self._warn_of_apart(task, block, float(full.max()))
             return block.partition.gather(full[None])[:, 0]
         return self.mean_square(task, block)
+
+    def _warn_of_apart(self, task: str, block: Block | Whole, largest: float) -> None:
+        if not 0 < largest < _TOO_SMALL or task in self._apart:
+            return
+        self._apart.add(task)
+        warnings.warn(
+            f"F of {block.partition.parameter} in task {task!r} is at most {self.lam_of(largest):.1g}, so "
+            "far below that of the other tasks that no damping in float32 suits both: scores that divide by "
+            "it alone mean nothing. Analyse the task by itself (tasks=[...]), or collect it again with its "
+            "losses multiplied by a power of two",
+            stacklevel=3,
+        )
 
     def mean_square(self, task: str, block: Block | Whole, weights: Tensor | None = None) -> Tensor:
         """Mean of h^2, or of (weight * h)^2, over the stored gradients: ``[heads, size]``, float32."""
@@ -263,11 +306,14 @@ class Loaded:
             yield rows, values
 
 
-def damping(fisher: Tensor, config: Damping) -> float:
+def damping(fisher: Tensor, config: Damping, exponent: int = 0) -> float:
     """Damping lam of one block: ``max(epsilon, ridge, ridge_rel * median of F over the block)``.
 
     Args:
         fisher: F of the block, any shape.
         config: holds epsilon, ridge, ridge_rel.
+        exponent: F is in units of ``4 ** -exponent``, and so is what is returned; ``ridge`` is not, and
+            ``epsilon`` is a number that no denominator falls below.
     """
-    return max(config.epsilon, config.ridge, config.ridge_rel * float(np.median(fisher.numpy())))
+    ridge = config.ridge * 4.0**exponent
+    return max(config.epsilon, ridge, config.ridge_rel * float(np.median(fisher.numpy())))

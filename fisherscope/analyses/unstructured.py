@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fisherscope.analyses.magnitude import unit_exponent
 from fisherscope.analyses.selection import Threshold, keep_count, thresholds
 from fisherscope.layout import ParameterInfo
 from fisherscope.store import ContributionStore
@@ -33,6 +34,7 @@ class UnstructuredMasks:
         cuts: threshold and equal scores seen before, per task, sparsity and parameter.
         counts: weights kept, likewise.
         packed: the masks as bits (numpy's ``packbits``), or empty.
+        exponents: of the powers of two by whose squares F of a task is multiplied, as far as they are known.
     """
 
     store: ContributionStore
@@ -40,6 +42,7 @@ class UnstructuredMasks:
     cuts: dict[Key, tuple[Threshold, int]] = field(default_factory=dict)
     counts: dict[Key, int] = field(default_factory=dict)
     packed: dict[Key, NDArray[np.uint8]] = field(default_factory=dict)
+    exponents: dict[str, int] = field(default_factory=dict, repr=False)
 
     def mask(self, task: str, sparsity: float, parameter: str) -> Tensor:
         """True where a weight stays, bool ``[*shape]``.
@@ -59,7 +62,15 @@ class UnstructuredMasks:
             bits = np.unpackbits(self.packed[key], count=int(np.prod(shape)))
             return torch.from_numpy(bits.view(bool).reshape(shape))
         threshold, seen = self.cuts[key]
-        return torch.from_numpy(threshold.apply(_scores(self.store, task, parameter), seen)[0])
+        return torch.from_numpy(
+            threshold.apply(_scores(self.store, task, parameter, self.exponent(task)), seen)[0]
+        )
+
+    def exponent(self, task: str) -> int:
+        """F of a task is ranked in units of ``4 ** -exponent``."""
+        if task not in self.exponents:
+            self.exponents[task] = unit_exponent(self.store, [task])
+        return self.exponents[task]
 
     def frame(self) -> pd.DataFrame:
         """Columns task, sparsity, stack, layer, parameter, units, kept."""
@@ -114,14 +125,16 @@ def _cut(
     *,
     keep_bits: bool,
 ) -> None:
+    exponent = masks.exponent(task)
+
     def stretches() -> Iterator[NDArray[np.float32]]:
-        return (_scores(masks.store, task, info.name) for info in members)
+        return (_scores(masks.store, task, info.name, exponent) for info in members)
 
     total = sum(int(np.prod(info.shape)) for info in members)
     cuts = thresholds(stretches, [keep_count(total, s) for s in sparsities])
     seen = [0] * len(cuts)
     for info in members:
-        scores = _scores(masks.store, task, info.name)
+        scores = _scores(masks.store, task, info.name, exponent)
         for k, (sparsity, threshold) in enumerate(zip(sparsities, cuts, strict=True)):
             key = (task, sparsity, info.name)
             masks.cuts[key] = threshold, seen[k]
@@ -131,5 +144,7 @@ def _cut(
                 masks.packed[key] = np.packbits(mask)
 
 
-def _scores(store: ContributionStore, task: str, parameter: str) -> NDArray[np.float32]:
-    return store.fisher(task, parameter).float().numpy()
+def _scores(store: ContributionStore, task: str, parameter: str, exponent: int) -> NDArray[np.float32]:
+    """F in units in which float32 ranks it: a power of two changes no order."""
+    fisher = store.fisher(task, parameter)
+    return (fisher.double() * 4.0**exponent if exponent else fisher).float().numpy()

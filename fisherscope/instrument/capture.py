@@ -85,7 +85,7 @@ class CaptureFactors(Collector):
             if isinstance(kept, str):
                 raise _refusal(name, kept)
             a, d = (side[kept].detach().float().cpu() for side in (found.inputs, found.output_gradients))
-        elif found.is_linear_map and not emission.gradient.square_sum().any():
+        elif found.is_linear_map and emission.is_zero:
             # the loss does not depend on it: whatever it was given, times nothing
             outputs = emission.linear_maps.output_axes[name]
             shape = emission.gradient.shape

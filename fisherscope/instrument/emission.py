@@ -5,25 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from fisherscope.instrument.batch import Batch
 from fisherscope.instrument.by_position import ByPosition, LinearMaps, NotByPosition
+from fisherscope.instrument.squares import Sinks, Squares, measure
 from fisherscope.layout import Member
 from fisherscope.linalg import Dense, PerSampleGradient
-
-
-@dataclass
-class Sinks:
-    """Accumulators that want a pass over the normalised gradients, ``[*shape]`` float32 each.
-
-    Attributes:
-        square: ``sum_i h_i ** 2`` is added here.
-        total: ``sum_i h_i`` is added here.
-    """
-
-    square: Tensor | None = None
-    total: Tensor | None = None
+from fisherscope.linalg.scaling import unscaled
 
 
 @dataclass
@@ -62,17 +52,28 @@ class Emission:
         """G itself, ``[n, *shape]`` float32."""
         return self.gradient.dense()
 
-    @cached_property
+    @property
+    def is_zero(self) -> bool:
+        """Whether the loss does not depend on the parameter at all."""
+        return not self.gradient.bounds().any()
+
+    @property
     def square_norms(self) -> list[Tensor]:
-        """Sum of h ** 2 over each piece of each member: ``[n, pieces]``. Fills the sinks on first use."""
+        """Sum of h ** 2 over each piece of each member, ``[n, pieces]`` float64; fills the sinks."""
+        return self._squares.pieces
+
+    @cached_property
+    def _squares(self) -> Squares:
         source = Dense(self.dense) if self.want_dense else self.gradient
-        normalised = source.scaled(self.factors)
-        partitions = [member.partition for member in self.members]
-        if self.sinks.square is None and self.sinks.total is None:
-            return normalised.norms(partitions)
-        return normalised.accumulate(square=self.sinks.square, total=self.sinks.total, partitions=partitions)
+        return measure(source, self.factors, [member.partition for member in self.members], self.sinks)
 
     @cached_property
     def dots(self) -> list[Tensor]:
-        """``<g, theta>`` over each piece of each member: ``[n, pieces]``."""
-        return self.gradient.dots(self.theta, [member.partition for member in self.members])
+        """``<g, theta>`` over each piece of each member: ``[n, pieces]`` float64."""
+        partitions = [member.partition for member in self.members]
+        exponents = self._squares.exponents
+        if exponents is None or not exponents.any():
+            return [unscaled(values, 0) for values in self.gradient.dots(self.theta, partitions)]
+        powers = torch.exp2(exponents.double())
+        found = self.gradient.scaled(powers.to(self.factors)).dots(self.theta, partitions)
+        return [(wide := unscaled(values, 0)) / powers.to(wide).unsqueeze(1) for values in found]

@@ -74,6 +74,7 @@ def make_header(
         normalization="per_token" if fisher is None else fisher.normalization,
         fisher_shape="groups" if fisher is None else fisher.shape,
         position_parameters=positions.chosen(layout, parameters) if positions else (),
+        squares="wide",
         options=identity
         | {"gradient_encodings": chosen.reason}
         | {"objective": objective.name, "max_samples": options.max_samples, "batch_size": options.batch_size}

@@ -17,11 +17,12 @@ from fisherscope.instrument.by_position import LinearMaps
 from fisherscope.instrument.checking.gradient_hooks import watching_gradient_hooks
 from fisherscope.instrument.checking.witness import Witness
 from fisherscope.instrument.checks import check_losses
-from fisherscope.instrument.emission import Emission, Sinks
+from fisherscope.instrument.emission import Emission
 from fisherscope.instrument.extensions.base import Collector, Context
 from fisherscope.instrument.hooks import GradientTap
 from fisherscope.instrument.label_sources import draws, number_of_draws
 from fisherscope.instrument.objectives import Objective, Predictions
+from fisherscope.instrument.squares import Sinks
 from fisherscope.instrument.targets import Targets
 from fisherscope.layout import GroupTable
 from fisherscope.linalg import Dense, PerSampleGradient
@@ -217,7 +218,7 @@ def _sites_cut_on_the_input(targets: Targets, groups: GroupTable) -> list[str]:
 
 def _only(offered: Iterable[Sinks]) -> Sinks:
     """The sinks of the one collector that has any."""
-    filled = [s for s in offered if s.square is not None or s.total is not None]
+    filled = [s for s in offered if not s.is_empty]
     if len(filled) > 1:
         raise RuntimeError("two collectors accumulate squares of one parameter: one pass can fill only one")
     return filled[0] if filled else Sinks()

@@ -42,6 +42,7 @@ from fisherscope.instrument.planning import Planner, RunPlan
 from fisherscope.instrument.prepared import prepared
 from fisherscope.instrument.progress import progress
 from fisherscope.instrument.signals import stop_on_signals
+from fisherscope.instrument.squares import Sinks, measure
 from fisherscope.instrument.targets import ParameterChoice, select_targets
 from fisherscope.instrument.tasks import Tasks
 from fisherscope.instrument.token_strings import texts_of_tokens
@@ -403,7 +404,9 @@ class Scope:
         by_name = dict(self.model.named_parameters())
         for name, members in groups.members.items():
             partitions: list[Partition | None] = [member.partition for member in members]
-            norms = Dense(by_name[name].detach().unsqueeze(0)).norms(partitions)
-            for member, values in zip(members, norms, strict=True):
-                out[member.first : member.first + values.shape[1]] += values[0].double().cpu()
+            theta = Dense(by_name[name].detach().unsqueeze(0))
+            one = torch.ones(1, dtype=torch.float32, device=theta.device)
+            found = measure(theta, one, partitions, Sinks())
+            for member, values in zip(members, found.pieces, strict=True):
+                out[member.first : member.first + values.shape[1]] += values[0].cpu()
         return out

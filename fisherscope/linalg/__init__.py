@@ -7,6 +7,7 @@ from fisherscope.linalg.lazy import OneByOne
 from fisherscope.linalg.low_rank import LowRank
 from fisherscope.linalg.moments import Moments
 from fisherscope.linalg.rows import Rows
+from fisherscope.linalg.running import RunningSum
 from fisherscope.linalg.total import Total, added
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "OneByOne",
     "PerSampleGradient",
     "Rows",
+    "RunningSum",
     "Total",
     "added",
 ]

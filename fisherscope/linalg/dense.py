@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from fisherscope.layout import ParameterSlice, Partition
-from fisherscope.linalg.gradient import PerSampleGradient, tile_bytes
+from fisherscope.linalg.gradient import PerSampleGradient, largest, tile_bytes
 
 
 class Dense(PerSampleGradient):
@@ -51,13 +51,18 @@ class Dense(PerSampleGradient):
     def tiles(self) -> Iterator[tuple[slice, slice, Tensor]]:
         row = 4 * math.prod(self.shape[1:])
         budget = tile_bytes(self.device)
-        rows = min(self.shape[0], max(1, budget // row))
+        most = min(self.shape[0], max(1, budget // row))
+        rows = math.ceil(self.shape[0] / math.ceil(self.shape[0] / most))  # tiles of about one height
         samples = max(1, budget // (row * rows))
-        for start in range(0, self.n, samples):
-            chosen = slice(start, min(start + samples, self.n))
-            for top in range(0, self.shape[0], rows):
-                span = slice(top, min(top + rows, self.shape[0]))
+        for top in range(0, self.shape[0], rows):
+            span = slice(top, min(top + rows, self.shape[0]))
+            for start in range(0, self.n, samples):
+                chosen = slice(start, min(start + samples, self.n))
                 yield chosen, span, self.values[chosen, span].to(torch.float32, copy=True)
+
+    @override
+    def bounds(self) -> Tensor:
+        return largest(self.values.flatten(1)).cpu().double()
 
     @override
     def dots(self, theta: Tensor, partitions: Sequence[Partition | None]) -> list[Tensor]:

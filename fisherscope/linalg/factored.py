@@ -12,7 +12,7 @@ from typing_extensions import override
 from fisherscope.layout import ParameterSlice, Partition
 from fisherscope.linalg import cost
 from fisherscope.linalg.dense import Dense
-from fisherscope.linalg.gradient import PerSampleGradient, axes_of, pieces, tile_bytes
+from fisherscope.linalg.gradient import PerSampleGradient, axes_of, largest, pieces, tile_bytes
 
 
 class Factored(PerSampleGradient):
@@ -119,6 +119,22 @@ class Factored(PerSampleGradient):
                 tile = buffer[: math.prod(size)].view(size)
                 _multiply(left[chosen], self.right[chosen], tile)
                 yield chosen, span, tile
+
+    @override
+    def bounds(self) -> Tensor:
+        """The sum over positions of the products of both sides' largest entries."""
+        left, right = (largest(factor).cpu().double() for factor in (self.left, self.right))
+        return (left * right).sum(1)
+
+    @override
+    def balanced(self) -> Factored:
+        """Both sides of about one size: powers of two go from the one to the other, sample by sample."""
+        left, right = (largest(factor.flatten(1)).cpu().double() for factor in (self.left, self.right))
+        known = (left > 0) & (right > 0) & left.isfinite() & right.isfinite()
+        apart = torch.where(known, torch.frexp(left)[1] - torch.frexp(right)[1], 0)
+        powers = torch.exp2((apart // 2).double()).view(-1, 1, 1)
+        # half of the range of exponents at most: a float32 holds each
+        return Factored(self.left * (1 / powers).to(self.left), self.right * powers.to(self.right))
 
     @override
     def norms(self, partitions: Sequence[Partition | None]) -> list[Tensor]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Self
 
 import torch
 from torch import Tensor
 
 from fisherscope.layout import ParameterSlice, Partition
+from fisherscope.linalg.running import BatchSum, PlainSum, RunningSum
 from fisherscope.torch_state import in_full_precision
 
 _TILE_BYTES = {"cpu": 2 << 20}
@@ -70,7 +72,8 @@ class PerSampleGradient(ABC):
     def tiles(self) -> Iterator[tuple[slice, slice, Tensor]]:
         """The gradients in pieces that fit a cache: ``(samples, rows, [samples, rows, *shape[1:]])``.
 
-        A tile belongs to the caller until the next one is asked for, and may be changed.
+        All samples of some rows come one after the other, as far as they can be had together. A tile belongs
+        to the caller until the next one is asked for, and may be changed.
         """
 
     @abstractmethod
@@ -109,6 +112,21 @@ class PerSampleGradient(ABC):
     def gram(self, other: PerSampleGradient | None = None) -> Tensor:
         """Inner products ``<g_i, g'_j>``, ``[n, m]``; with itself when ``other`` is None."""
 
+    def bounds(self) -> Tensor:
+        """Bounds of each sample's largest absolute entry, ``[n]`` float64 on the CPU.
+
+        Only a gradient of 0 has 0. They may exceed it, but are of its magnitude; a gradient that is not
+        finite has no finite bound.
+        """
+        found = torch.zeros(self.n, dtype=torch.float32, device=self.device)
+        for samples, _, tile in self.tiles():
+            found[samples] = torch.maximum(found[samples], largest(tile.flatten(1)))
+        return found.cpu().double()
+
+    def balanced(self) -> PerSampleGradient:
+        """The same gradients, in such a form that no square of what they are made of leaves the range."""
+        return self
+
     def square_sum(self) -> Tensor:
         """``sum_i g_i ** 2``, ``[*shape]``."""
         out = torch.zeros(self.shape, device=self.device, dtype=torch.float32)
@@ -122,15 +140,16 @@ class PerSampleGradient(ABC):
     def accumulate(
         self,
         *,
-        square: Tensor | None = None,
-        total: Tensor | None = None,
+        square: Tensor | RunningSum | None = None,
+        total: Tensor | RunningSum | None = None,
         partitions: Sequence[Partition | None] = (),
     ) -> list[Tensor]:
         """One pass over the tiles: squares, sum and norms together, nothing larger than a tile alive.
 
         Args:
-            square: ``[*shape]``; ``sum_i g_i ** 2`` is added to it.
-            total: ``[*shape]``; ``sum_i g_i`` is added to it.
+            square: ``[*shape]``; ``sum_i g_i ** 2`` is added to it. A running sum gets that of all samples in
+                one compensated addition.
+            total: ``[*shape]``; ``sum_i g_i`` is added to it, likewise.
             partitions: where to sum squares per sample; None stands for the whole parameter.
 
         Returns:
@@ -138,25 +157,39 @@ class PerSampleGradient(ABC):
         """
         along = axes_of(partitions)
         sums = {
-            axis: torch.zeros(self.n, self.shape[axis], device=self.device, dtype=torch.float32)
+            axis: torch.zeros(self.n, self.shape[axis], dtype=torch.float32, device=self.device)
             for axis in set(along)
         }
-        for samples, rows, tile in self.tiles():
-            if total is not None:
-                _add_over_samples(total[rows], tile)
-            if 0 in sums:
-                sums[0][samples, rows] = _square_norms(tile)
-            if sums.keys() <= {0}:
-                if square is not None:
-                    _add_squares(square[rows], tile)
-                continue
-            tile.square_()
-            if square is not None:
-                _add_over_samples(square[rows], tile)
-            for axis in sums.keys() - {0}:
-                others = [d for d in range(1, tile.dim()) if d != axis + 1]
-                sums[axis][samples] += tile.sum(others)
+        with ExitStack() as stack:
+            into_square = None if square is None else stack.enter_context(_into(square))
+            into_total = None if total is None else stack.enter_context(_into(total))
+            for samples, rows, tile in self.tiles():
+                if into_total is not None:
+                    _add_over_samples(into_total.rows(rows), tile)
+                if 0 in sums:
+                    sums[0][samples, rows] = _square_norms(tile)
+                if sums.keys() <= {0}:
+                    if into_square is not None:
+                        _add_squares(into_square.rows(rows), tile)
+                    continue
+                tile.square_()
+                if into_square is not None:
+                    _add_over_samples(into_square.rows(rows), tile)
+                for axis in sums.keys() - {0}:
+                    others = [d for d in range(1, tile.dim()) if d != axis + 1]
+                    sums[axis][samples] += tile.sum(others)
         return pieces(partitions, along, sums)
+
+
+def _into(into: Tensor | RunningSum) -> AbstractContextManager[BatchSum | PlainSum]:
+    return into.batch() if isinstance(into, RunningSum) else PlainSum(into)
+
+
+def largest(values: Tensor) -> Tensor:
+    """The largest absolute value along the last axis, without a copy; 0 where the axis is empty."""
+    if not values.shape[-1]:
+        return values.new_zeros(values.shape[:-1])
+    return torch.maximum(values.amax(-1), -values.amin(-1))
 
 
 def pieces(

@@ -9,7 +9,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from fisherscope.layout import ParameterSlice, Partition
-from fisherscope.linalg.gradient import PerSampleGradient, axes_of, tile_bytes
+from fisherscope.linalg.gradient import PerSampleGradient, axes_of, largest, tile_bytes
+from fisherscope.linalg.running import RunningSum
 
 
 class Rows(PerSampleGradient):
@@ -114,16 +115,29 @@ class Rows(PerSampleGradient):
     def accumulate(
         self,
         *,
-        square: Tensor | None = None,
-        total: Tensor | None = None,
+        square: Tensor | RunningSum | None = None,
+        total: Tensor | RunningSum | None = None,
         partitions: Sequence[Partition | None] = (),
     ) -> list[Tensor]:
-        if total is not None:
-            total.index_add_(0, self.row, self.values)
         squares = self.values.square()
-        if square is not None:
-            square.index_add_(0, self.row, squares)
+        self._add(total, self.values)
+        self._add(square, squares)
         return self._sums(squares, partitions)
+
+    def _add(self, into: Tensor | RunningSum | None, values: Tensor) -> None:
+        """Add ``values [m, E]`` over the samples; of a running sum those rows only that are touched."""
+        if isinstance(into, RunningSum):
+            rows, places = torch.unique(self.row, return_inverse=True)
+            added = values.new_zeros(len(rows), *values.shape[1:]).index_add_(0, places, values)
+            into.add_rows(rows, added)
+        elif into is not None:
+            into.index_add_(0, self.row, values)
+
+    @override
+    def bounds(self) -> Tensor:
+        found = torch.zeros(self.n, dtype=torch.float32, device=self.device)
+        found.scatter_reduce_(0, self.sample, largest(self.values).float(), "amax")
+        return found.cpu().double()
 
     @override
     def dots(self, theta: Tensor, partitions: Sequence[Partition | None]) -> list[Tensor]:

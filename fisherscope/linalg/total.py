@@ -62,6 +62,15 @@ class Total(PerSampleGradient):
             bottom = min(top + height, rows)
             yield slice(0, self.n), slice(top, bottom), self._rows(top, bottom).dense()
 
+    @override
+    def bounds(self) -> Tensor:
+        """The sum of the parts' bounds: also where they cancel."""
+        return torch.stack([part.bounds() for part in self.parts]).sum(0)
+
+    @override
+    def balanced(self) -> Total:
+        return Total(*(part.balanced() for part in self.parts))
+
     def _rows(self, top: int, bottom: int) -> Total:
         return self.cut(ParameterSlice("", self.shape, (Cut(0, top, bottom),)))
 

@@ -12,11 +12,14 @@ from torch import Tensor
 from fisherscope.errors import CorruptStoreError, NotStoredError
 from fisherscope.layout import ParameterSlice
 from fisherscope.linalg import Moments
+from fisherscope.linalg.scaling import LIMIT, as_float32
 from fisherscope.store.dtypes import to_tensor
 from fisherscope.store.index import TaskIndex
 from fisherscope.store.mapped import MappedShard
 from fisherscope.store.names import escape_path, unescape_path
 from fisherscope.store.opened import OpenStore
+from fisherscope.store.schema import StoreHeader
+from fisherscope.store.units import LOST, is_whole, unit_of
 
 
 def mean_of(
@@ -26,13 +29,16 @@ def mean_of(
     prefix: str,
     piece: ParameterSlice | None = None,
 ) -> Tensor:
-    """Mean over samples of a summed array of a parameter, or of one slice of it; float32."""
+    """Mean over samples of a summed array of a parameter, or of one slice of it.
+
+    Float32, or float64 where float32 cannot hold every value.
+    """
     shape = store.layout.parameter(parameter).shape
     count = sum(snapshot.count for snapshot in index.snapshots)
     sums = total(store, index, f"{prefix}/{parameter}", shape, piece)
     if not count:
         raise NotStoredError(f"the snapshots of task {index.task.name!r} cover no samples: resume the run")
-    return (sums / count).float()
+    return as_float32(sums / count)
 
 
 def total(
@@ -42,7 +48,7 @@ def total(
     shape: tuple[int, ...] | None = None,
     piece: ParameterSlice | None = None,
 ) -> Tensor:
-    """Sum over ranks of one array of the snapshots, float64.
+    """Sum over ranks of one array of the snapshots, float64, in units of 1.
 
     Raises:
         NotStoredError: the snapshots have no such array, or there is none yet.
@@ -57,18 +63,49 @@ def total(
         shard = store.shard(snapshot.shard)
         if dataset not in shard:
             raise NotStoredError(_what_to_collect(store, name))
-        values = _array(shard, dataset, shape, piece).double()
+        values = sums_in(store.header, shard, name, shape, piece)
         sums = values if sums is None else sums + values
     assert sums is not None
     return sums
+
+
+def sums_in(
+    header: StoreHeader,
+    shard: MappedShard,
+    name: str,
+    shape: tuple[int, ...] | None = None,
+    piece: ParameterSlice | None = None,
+) -> Tensor:
+    """One array of a snapshot in float64, with what rounding took from it, in units of 1."""
+    values = _array(shard, escape_path(name), shape, piece).double()
+    lost = escape_path(f"{LOST}/{name}")
+    if lost in shard:
+        values += _array(shard, lost, shape, piece).double()
+    exponent = exponent_in(header, shard, name)
+    return values * 2.0**-exponent if exponent else values
+
+
+def exponent_in(header: StoreHeader, shard: MappedShard, name: str) -> int:
+    """The k of an array that a snapshot holds in units of ``2 ** -k``; 0 where it says nothing."""
+    where = unit_of(header, name)
+    if where is None or escape_path(where.name) not in shard:
+        return 0
+    exponents = _array(shard, escape_path(where.name), None, None).tolist()
+    if len(exponents) != where.size or any(abs(e) > LIMIT for e in exponents):
+        raise CorruptStoreError(f"{shard.path}: {where.name!r} holds no exponents: restore it from a copy")
+    return int(exponents[where.place]) * where.power
 
 
 def _array(
     shard: MappedShard, name: str, shape: tuple[int, ...] | None, piece: ParameterSlice | None
 ) -> Tensor:
     spec = shard.dataset(name).spec
-    is_count = name.startswith("kronecker/positions/") or name.endswith("/count")
-    if spec.dtype not in (("int64",) if is_count else ("float32", "float64")):
+    expected: tuple[str, ...] = ("float32", "float64")
+    if unescape_path(name).startswith(f"{LOST}/"):
+        expected = ("bfloat16",)
+    elif is_whole(unescape_path(name)):
+        expected = ("int64",)
+    if spec.dtype not in expected:
         raise CorruptStoreError(f"{shard.path}: {name!r} cannot be {spec.dtype}: restore it from a copy")
     view = shard.view(name, spec.shape if shape is None else shape, spec.dtype)
     if piece is None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from fisherscope.store.names import unescape_path
+from fisherscope.store.names import escape_path, unescape_path
 from fisherscope.store.schema import StoreHeader
 from fisherscope.store.shard_record import DatasetRecord
+from fisherscope.store.units import EXPONENTS, LOST
 
 _FLOATS = ("float32", "float64")  # sums of several ranks are kept in float64
 _COUNT = ("int64",)
@@ -19,12 +20,19 @@ def aggregate_problems(known: Mapping[str, DatasetRecord], header: StoreHeader) 
     for escaped, dataset in known.items():
         head, _, rest = unescape_path(escaped).partition("/")
         parameter = rest.partition("/")[2] if head == "fisher" else rest
-        if head in {"fisher", "mean"} and parameter in shapes:
+        if head == LOST:
+            of = escape_path(rest)
+            wrong = _unlike(dataset, ("bfloat16",), known[of].spec.shape) if of in known else None
+        elif head == EXPONENTS:
+            wrong = _unlike(dataset, _COUNT, (len(header.parameters),))
+        elif head in {"fisher", "mean"} and parameter in shapes:
             wrong = _unlike(dataset, _FLOATS, shapes[parameter])
         elif head == "moments":
             wrong = _unlike(dataset, *((_COUNT, (1,)) if rest.endswith("count") else (("float64",), groups)))
         elif head == "kronecker" and rest.startswith("positions/"):
             wrong = _unlike(dataset, _COUNT, (1,))
+        elif head == "kronecker" and rest.startswith("exponents/"):
+            wrong = _unlike(dataset, _COUNT, (2,))
         elif head == "kronecker":
             wrong = _unlike(dataset, _FLOATS, dataset.spec.shape[:1] * 2)
         elif (head, rest) == ("groups", "theta_square"):

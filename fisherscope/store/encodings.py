@@ -17,7 +17,8 @@ MAX_RANK = 1 << 16
 
 # what a reader must know to read a store, beside format version 1
 ROW_SCALE = "float16-row-scale"
-FEATURES = frozenset({"factored", "lowrank", ROW_SCALE})
+WIDE_SQUARES = "wide-squares"
+FEATURES = frozenset({"factored", "lowrank", ROW_SCALE, WIDE_SQUARES})
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ was before or as it is after.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +19,12 @@ from torch import Tensor
 from fisherscope.errors import StoreError
 from fisherscope.linalg import Moments
 from fisherscope.store import journal
+from fisherscope.store.aggregates import exponent_in, sums_in
 from fisherscope.store.commits import Commits
-from fisherscope.store.dtypes import stored_type, to_raw
+from fisherscope.store.dtypes import to_raw
 from fisherscope.store.ledger import latest
 from fisherscope.store.mapped import MappedShard
+from fisherscope.store.names import unescape_path
 from fisherscope.store.plan import SegmentPlan
 from fisherscope.store.progressions import pack, unpack
 from fisherscope.store.reader import ContributionStore, open_store
@@ -30,6 +32,7 @@ from fisherscope.store.records import SegmentRecord, SnapshotRecord
 from fisherscope.store.schema import StoreHeader
 from fisherscope.store.shard import ShardFile
 from fisherscope.store.skeleton import DatasetSpec
+from fisherscope.store.units import LOST, is_exponents
 from fisherscope.torch_state import in_standard_state
 
 SHARD_BYTES = 256 << 20
@@ -192,29 +195,42 @@ def _merged(
 ) -> ShardFile:
     """A shard with the sums of all parts, as readers add them up; one array at a time is in memory.
 
-    Sums are kept in float64, so that what readers give stays the same, bit for bit.
+    Sums are kept in float64, so that what readers give stays the same, bit for bit. What rounding took from
+    them needs no array of its own then.
     """
     # what a rank lacks nobody may read, and so it stays
     specs = {
         d.name: DatasetSpec(d.name, d.spec.shape, "int64" if d.spec.dtype == "int64" else "float64")
         for d in live[0].shard.datasets
         if all(d.name in part and part.dataset(d.name).spec.shape == d.spec.shape for part in parts)
+        and not unescape_path(d.name).startswith(f"{LOST}/")
     }
     shard = commits.new_shard("snapshot", list(specs.values()), task)
     try:
         for name, spec in specs.items():
-            prefix, _, part_name = name.rpartition("/")
-            if {f"{prefix}/{p}" for p in ("count", "mean", "m2")} <= specs.keys():
-                values = _merged_moments(parts, prefix)[part_name]
-            else:
-                values = parts[0].tensor(name).to(stored_type(spec.dtype).torch)
-                for part in parts[1:]:
-                    values += part.tensor(name)
-            shard.write(name, to_raw(values, spec.dtype))
+            shard.write(name, to_raw(_merged_array(parts, name, commits.header, specs), spec.dtype))
     except BaseException:
         shard.discard()
         raise
     return shard
+
+
+def _merged_array(
+    parts: Sequence[MappedShard], escaped: str, header: StoreHeader, specs: Mapping[str, DatasetSpec]
+) -> Tensor:
+    prefix, _, part_name = escaped.rpartition("/")
+    if {f"{prefix}/{p}" for p in ("count", "mean", "m2")} <= specs.keys():
+        return _merged_moments(parts, prefix)[part_name]
+    name = unescape_path(escaped)
+    if is_exponents(name):
+        return torch.stack([part.tensor(escaped) for part in parts]).amin(0)
+    if specs[escaped].dtype == "int64":
+        return torch.stack([part.tensor(escaped) for part in parts]).sum(0)
+    values = sums_in(header, parts[0], name)
+    for part in parts[1:]:
+        values += sums_in(header, part, name)
+    exponent = min(exponent_in(header, part, name) for part in parts)
+    return values * 2.0**exponent if exponent else values
 
 
 def _merged_moments(parts: Sequence[MappedShard], prefix: str) -> dict[str, Tensor]:

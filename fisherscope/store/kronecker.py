@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fisherscope.errors import CorruptStoreError, NotStoredError
 from fisherscope.layout import HeadBlock
+from fisherscope.linalg.scaling import as_float32
 from fisherscope.store import aggregates, lookup
 from fisherscope.store.index import TaskIndex
 from fisherscope.store.opened import OpenStore
@@ -34,8 +35,9 @@ class KroneckerFactors:
 
     Attributes:
         module: path of the map.
-        A: ``[in, in]`` float32, or ``[in + 1, in + 1]`` with the bias.
-        S: ``[out, out]`` float32.
+        A: ``[in, in]`` float32, or ``[in + 1, in + 1]`` with the bias; float64 where float32 cannot hold a
+            value.
+        S: ``[out, out]``, likewise.
         with_bias: whether the last row and column of ``A`` are those of the bias.
         samples: N, samples that the means cover; they may lag behind, as those of the Fisher do.
         positions: number of terms in the mean that is A.
@@ -99,8 +101,8 @@ def read_factors(store: OpenStore, index: TaskIndex, module: str) -> KroneckerFa
         raise CorruptStoreError(f"{store.path}: the factors of {module!r} of shape {shape} are {shapes}")
     return KroneckerFactors(
         module=module,
-        A=(sums["A"] / positions).float(),
-        S=(sums["S"] / samples).float(),
+        A=as_float32(sums["A"] / positions),
+        S=as_float32(sums["S"] / samples),
         with_bias=with_bias,
         samples=samples,
         positions=positions,

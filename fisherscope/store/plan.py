@@ -28,7 +28,9 @@ RAGGED = {
     "text": {"text/bytes": "uint8"},
     "positions": {},  # the datasets are the header's
 }
-GROUP_COLUMNS = ("groups/square", "groups/dot")
+# what says how large a gradient is: its squared norm, or the norm, by the header's ``squares``
+GROUP_SIZES = {"plain": "groups/square", "wide": "groups/norm"}
+GROUP_DOT = "groups/dot"
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,8 @@ class SegmentPlan:
         for family, offsets in self.offsets.items():
             specs.append(DatasetSpec(f"{family}/offsets", (n + 1,), "int64"))
             specs.extend(DatasetSpec(k, (int(offsets[-1]),), dtype) for k, dtype in RAGGED[family].items())
-        specs.extend(DatasetSpec(name, (n, groups), "float32") for name in GROUP_COLUMNS)
+        columns = (GROUP_SIZES[self.header.squares], GROUP_DOT)
+        specs.extend(DatasetSpec(name, (n, groups), "float32") for name in columns)
         for name, place in self.header.positions.by_name.items():
             specs.append(DatasetSpec(name, (int(self.offsets[place.family][-1]), place.columns), "float32"))
         if self.gradients:

@@ -268,7 +268,8 @@ class ContributionStore(OpenStore):
                 "exact_per_token" (the data's labels, each its own unit).
 
         Returns:
-            ``[*shape]``, float32.
+            ``[*shape]``, float32. Float64 where a value is beyond what float32 holds (1.2e-38 to 3.4e38), as
+            that of gradients below 1e-19 is.
 
         Raises:
             KeyError: no such task or parameter.
@@ -293,7 +294,7 @@ class ContributionStore(OpenStore):
         """Diagonal Fisher of one head.
 
         Returns:
-            ``[slice size]``, float32, in the order of :meth:`slice`.
+            ``[slice size]``, in the order of :meth:`slice` and of the type that :meth:`fisher` has.
         """
         piece: ParameterSlice = self.layout.slice(layer, block, head, part=part, stack=stack)
         parameter = lookup.instrumented(self.header, piece.parameter)
@@ -309,7 +310,7 @@ class ContributionStore(OpenStore):
         """Mean over samples of the normalised gradient h_i.
 
         Returns:
-            ``[*shape]``, float32.
+            ``[*shape]``, float32; float64 where a value is beyond what float32 holds.
 
         Raises:
             KeyError: no such task or parameter.
@@ -416,12 +417,14 @@ class ContributionStore(OpenStore):
     def group_values(self, task: str, samples: Samples = None) -> xr.Dataset:
         """Per sample and group ``square`` = sum g^2 and ``dot`` = <g, theta>, of the raw gradients g_i.
 
+        Squares are float64: that of 1e-25 is less than float32 holds.
+
         Returns:
             Dimensions sample, group; coordinates id, row, tokens and the columns of the group table.
         """
         index = self._task(task)
         chosen = index.select(samples)
-        memory.refuse_beyond(self.memory_budget, "group values", len(chosen), 8 * len(self.group_table))
+        memory.refuse_beyond(self.memory_budget, "group values", len(chosen), 12 * len(self.group_table))
         return tables.group_values(self, index, chosen)
 
     def group_contributions(self, task: str) -> NDArray[np.float64]:

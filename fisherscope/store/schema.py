@@ -17,7 +17,7 @@ from fisherscope.layout import GroupTable, ModelLayout
 from fisherscope.linalg.normalization import NORMALIZATIONS
 from fisherscope.store import disk
 from fisherscope.store.dtypes import gradient_dtype
-from fisherscope.store.encodings import FEATURES, Encodings
+from fisherscope.store.encodings import FEATURES, WIDE_SQUARES, Encodings
 from fisherscope.store.fields import leaves
 from fisherscope.store.gradient_plan import GradientPlan
 from fisherscope.store.position_plan import PositionPlan
@@ -32,6 +32,7 @@ MAX_PIECES = 1 << 25
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 
 FISHER_SHAPES = ("full", "groups")
+SQUARES = ("plain", "wide")
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class StoreHeader:
             of its identity: a resumed run goes on with them.
         normalization: how h_i comes from g_i: "per_token" g / sqrt(T), "none" g, "mean" g / T.
         fisher_shape: "full" where snapshots hold F and mean h of every parameter, else "groups".
+        squares: "wide" where squares of any float32 gradient are held: group values as norms, and sums in
+            snapshots in units of powers of two. "plain", as in the first stores: what float32 holds of them.
         position_parameters: matrices with stored contributions of single positions; may be empty.
         options: of the collection, as used.
         provenance: versions, model name, command line: for readers, no part of the identity.
@@ -63,6 +66,7 @@ class StoreHeader:
     normalization: str = "per_token"
     fisher_shape: str = "full"
     position_parameters: tuple[str, ...] = ()
+    squares: str = "plain"
     options: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
 
@@ -75,6 +79,8 @@ class StoreHeader:
             raise ValueError(f"normalization {self.normalization!r} is none of {list(NORMALIZATIONS)}")
         if self.fisher_shape not in FISHER_SHAPES:
             raise ValueError(f"fisher_shape {self.fisher_shape!r} is none of {list(FISHER_SHAPES)}")
+        if self.squares not in SQUARES:
+            raise ValueError(f"squares {self.squares!r} is none of {list(SQUARES)}")
         known = {info.name for info in self.layout.parameters}
         chosen = (self.parameters, self.gradient_parameters, self.position_parameters)
         for name in chain.from_iterable(chosen):
@@ -114,7 +120,8 @@ class StoreHeader:
     @property
     def requires(self) -> list[str]:
         """Features that a reader of the store must know."""
-        return self.encodings.features(self.gradient_dtype, self.gradient_parameters)
+        used = self.encodings.features(self.gradient_dtype, self.gradient_parameters)
+        return sorted([*used, WIDE_SQUARES]) if self.squares == "wide" else used
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; :meth:`from_json` reads it back."""
@@ -131,6 +138,7 @@ class StoreHeader:
             "normalization": self.normalization,
             "fisher_shape": self.fisher_shape,
             "position_parameters": list(self.position_parameters),
+            "squares": self.squares,
             "options": self.options,
             "provenance": self.provenance,
         }
@@ -161,6 +169,7 @@ class StoreHeader:
             normalization=data["normalization"],
             fisher_shape=data["fisher_shape"],
             position_parameters=tuple(data["position_parameters"]),
+            squares=data["squares"],
             options=data["options"],
             provenance=data["provenance"],
         )
@@ -187,11 +196,12 @@ _FIELDS: dict[str, type] = {
     "normalization": str,
     "fisher_shape": str,
     "position_parameters": list,
+    "squares": str,
     "options": dict,
     "provenance": dict,
 }
 # what a key that may be absent then stands for
-_ABSENT: dict[str, Any] = {"position_parameters": [], "requires": []}
+_ABSENT: dict[str, Any] = {"position_parameters": [], "requires": [], "squares": "plain"}
 
 
 def encode_header(header: StoreHeader) -> bytes:
@@ -294,6 +304,7 @@ def _identity(header: StoreHeader) -> dict[str, Any]:
         "normalization",
         "fisher_shape",
         "position_parameters",
+        "squares",
     ):
         # the header's own fields are compared too: they decide the shapes of the datasets
         flat.setdefault(f"header.{key}", data[key])

@@ -10,10 +10,11 @@ from fisherscope.layout import GroupTable, ModelLayout
 from fisherscope.store.dtypes import gradient_dtype, stored_type
 from fisherscope.store.encodings import Encodings
 from fisherscope.store.gradient_plan import BlockDataset, GradientPlan
-from fisherscope.store.plan import GROUP_COLUMNS, SAMPLE_COLUMNS
+from fisherscope.store.plan import SAMPLE_COLUMNS
 from fisherscope.store.position_plan import PositionPlan
 
 _SCALE = stored_type("float32").itemsize
+_SUM = stored_type("float32").itemsize + stored_type("bfloat16").itemsize  # with what rounding took from it
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def bytes_per_sample(
         "samples": float(sum(stored_type(kind).itemsize for kind in SAMPLE_COLUMNS.values()) + offsets),
         "tokens": float(stored_type("int32").itemsize * (mean_tokens + labels)),
         "text": float(mean_text_bytes),
-        "groups": float(len(GROUP_COLUMNS) * stored_type("float32").itemsize * groups),
+        "groups": float(2 * stored_type("float32").itemsize * groups),
         "gradients": gradients * gradient_share,
         "positions": positions,
     }
@@ -141,15 +142,17 @@ def snapshot_bytes(
     While a snapshot is replaced both are on the disk: count one more than there are tasks.
 
     Returns:
-        ``fisher`` (one array per label source), ``mean``, ``moments``, ``kronecker`` (with a bias at most so
-        much, as the layout does not say which axis is the input's) and ``total``.
+        ``fisher`` (one sum of 6 bytes an entry per label source), ``mean`` (likewise), ``moments``,
+        ``kronecker`` (likewise; with a bias at most so much, as the layout does not say which axis is the
+        input's) and ``total``.
     """
     chosen = set(parameters)
     groups = len(GroupTable.build(layout, chosen))
     entries = sum(math.prod(layout.parameter(name).shape) for name in chosen) * (fisher_shape == "full")
+    exponents = stored_type("int64").itemsize * len(chosen) * (fisher_shape == "full")
     parts = {
-        "fisher": float(4 * entries * len(labels)),
-        "mean": float(4 * entries * mean),
+        "fisher": float((_SUM * entries + exponents) * len(labels)),
+        "mean": float(_SUM * entries * mean),
         "moments": float(16 * groups),
         "kronecker": float(sum(_factor_bytes(layout, name, chosen) for name in kronecker)),
     }
@@ -163,4 +166,4 @@ def _factor_bytes(layout: ModelLayout, parameter: str, instrumented: set[str]) -
     small, large = sorted(shape)
     with_bias = parameter.removesuffix("weight") + "bias" in instrumented
     count = stored_type("int64").itemsize
-    return stored_type("float32").itemsize * (small**2 + (large + with_bias) ** 2) + count
+    return _SUM * (small**2 + (large + with_bias) ** 2) + 3 * count

@@ -19,7 +19,7 @@ from fisherscope.store import aggregates
 from fisherscope.store.index import Chunk, TaskIndex
 from fisherscope.store.keys import read_keys
 from fisherscope.store.opened import OpenStore
-from fisherscope.store.plan import SAMPLE_COLUMNS
+from fisherscope.store.plan import GROUP_DOT, GROUP_SIZES, SAMPLE_COLUMNS
 
 _CHUNK_BYTES = 32 << 20
 
@@ -124,13 +124,19 @@ def _chunk_of(index: TaskIndex, row: int) -> Chunk:
 def group_rows(
     store: OpenStore, index: TaskIndex, name: str, chosen: NDArray[np.int64]
 ) -> NDArray[np.float32]:
-    """``groups/square`` or ``groups/dot`` of some samples, ``[n, groups]``."""
+    """``groups/square``, ``groups/norm`` or ``groups/dot`` of some samples, ``[n, groups]``."""
     width = len(store.header.groups)
     out = np.empty((len(chosen), width), dtype=np.float32)
     for chunk in index.chunks(chosen):
         shard = store.shard(chunk.segment.shard)
         out[chunk.targets] = shard.rows(name, (len(chunk.segment.rows), width), "float32", chunk.positions)
     return out
+
+
+def group_squares(store: OpenStore, index: TaskIndex, chosen: NDArray[np.int64]) -> NDArray[np.float64]:
+    """``sum g ** 2`` of some samples, ``[n, groups]``: as stored, or from the norms that are stored."""
+    values = group_rows(store, index, GROUP_SIZES[store.header.squares], chosen).astype(np.float64)
+    return np.square(values, out=values) if store.header.squares == "wide" else values
 
 
 def squared_factors(store: OpenStore, index: TaskIndex) -> NDArray[np.float64]:
@@ -141,7 +147,7 @@ def squared_factors(store: OpenStore, index: TaskIndex) -> NDArray[np.float64]:
 
 def group_contributions(store: OpenStore, index: TaskIndex) -> NDArray[np.float64]:
     """Contributions per sample and group."""
-    squares = group_rows(store, index, "groups/square", np.arange(len(index)))
+    squares = group_squares(store, index, np.arange(len(index)))
     return np.multiply(squares, squared_factors(store, index)[:, None], dtype=np.float64)
 
 
@@ -170,7 +176,7 @@ def _moments(store: OpenStore, index: TaskIndex) -> Moments:
     step = max(1, _CHUNK_BYTES // max(8 * width, 1))
     for start in range(0, len(index), step):
         chosen = np.arange(start, min(start + step, len(index)))
-        squares = group_rows(store, index, "groups/square", chosen)
+        squares = group_squares(store, index, chosen)
         moments = moments.merge(Moments.of(squares * factors[chosen, None]))
     return moments
 
@@ -187,8 +193,8 @@ def group_values(store: OpenStore, index: TaskIndex, chosen: NDArray[np.int64]) 
     }
     return xr.Dataset(
         {
-            "square": (("sample", "group"), group_rows(store, index, "groups/square", chosen)),
-            "dot": (("sample", "group"), group_rows(store, index, "groups/dot", chosen)),
+            "square": (("sample", "group"), group_squares(store, index, chosen)),
+            "dot": (("sample", "group"), group_rows(store, index, GROUP_DOT, chosen)),
         },
         coords=coordinates,
         attrs={"task": index.task.name, "normalization": store.header.normalization},

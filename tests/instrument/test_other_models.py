@@ -91,6 +91,7 @@ WINDOWED = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:no adapter is registered")
 @pytest.mark.parametrize("name", WINDOWED)
 def test_windows_and_biases_of_all_samples(name: str, tmp_path: Path) -> None:
     """Samples lie along one axis with their windows, and share what gives positions: as the loop has it."""

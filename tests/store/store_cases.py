@@ -143,7 +143,10 @@ class Run:
         segment.put("ids/input", start, [self.ids[row] for row in rows])
         segment.put("labels/ids", start, [np.array(self.labels[row]) for row in rows])
         segment.put("text/bytes", start, [self.texts[row].encode() for row in rows])
-        segment.put("groups/square", start, self.square[rows])
+        if self.header.squares == "wide":
+            segment.put("groups/norm", start, self.square[rows].sqrt())
+        else:
+            segment.put("groups/square", start, self.square[rows])
         segment.put("groups/dot", start, self.dot[rows])
         for name in self.header.gradient_parameters if gradients else ():
             segment.put_gradient(name, start, self.gradients[name][rows])
@@ -158,7 +161,18 @@ class Run:
         rows = [row for batch in batches for row in self.batches[batch]]
         squares = {f"fisher/data/{k}": g[rows].square().sum(0) for k, g in self.gradients.items()}
         sums = {f"mean/{k}": g[rows].sum(0) for k, g in self.gradients.items()}
-        return {**squares, **sums, "moments/mean": self.square[rows].double().mean(0)}
+        moments = {"moments/mean": self.square[rows].double().mean(0)}
+        if self.header.squares == "plain":
+            return {**squares, **sums, **moments}
+        # every rank and state has units of its own, and some of every sum is in what rounding took
+        exponents = {
+            name: 20 - 7 * (place % 5) - len(rows) for place, name in enumerate(self.header.parameters)
+        }
+        scaled = {name: v * 2.0 ** (2 * exponents[name.split("/", 2)[2]]) for name, v in squares.items()}
+        scaled |= {name: v * 2.0 ** exponents[name.split("/", 1)[1]] for name, v in sums.items()}
+        lost = {f"lost/{name}": (v * 2.0**-26).to(torch.bfloat16) for name, v in scaled.items()}
+        listed = torch.tensor([exponents[name] for name in self.header.parameters])
+        return {**scaled, **lost, **moments, "exponents/data": listed}
 
     def constants(self):
         return {"groups/theta_square": np.arange(len(self.header.groups), dtype=np.float64)}

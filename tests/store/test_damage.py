@@ -356,7 +356,7 @@ def test_sizes_are_estimated_exactly(root):
     """bytes_per_sample and snapshot_bytes are what the store then takes, apart from padding and metadata."""
     from fisherscope.store.size import bytes_per_sample, snapshot_bytes
 
-    run = Run(header_of(toy_layout()), n=1, batches=((0,),))
+    run = Run(header_of(toy_layout(), squares="wide"), n=1, batches=((0,),))
     run.write(root)
     header = run.header
     found = describe(root)["bytes"]

@@ -46,9 +46,13 @@ def test_segments_are_merged(run, root):
     assert everything(open_store(root), run) == before
 
 
-def test_ranks_are_merged_and_may_go_on(root):
-    """Aggregates of three ranks become one of the same sums, and each rank may extend the task afterwards."""
-    run = Run(header_of(toy_layout()), n=7, batches=BATCHES)
+@pytest.mark.parametrize("squares", ["plain", "wide"])
+def test_ranks_are_merged_and_may_go_on(root, squares):
+    """Aggregates of three ranks become one of the same sums, and each rank may extend the task afterwards.
+
+    Also where every rank has units of its own, and something of every sum beside it.
+    """
+    run = Run(header_of(toy_layout(), squares=squares), n=7, batches=BATCHES)
     kronecker = []
     for rank in range(3):
         with StoreWriter.open(root, run.header, rank=rank) as writer:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fisherscope.errors import CorruptStoreError
-from fisherscope.store import StoreWriter, open_store
+from fisherscope.store import StoreWriter, open_store, verify
 from fisherscope.store.inspect import describe
 from fisherscope.store.size import snapshot_bytes
 from tests.store.store_cases import WIDTH, Run, header_of, toy_layout
@@ -49,6 +49,34 @@ def test_ranks_are_added_up(root):
     assert torch.equal(found.S, (S / 5).float())
 
 
+def test_units_and_what_rounding_took(root):
+    """Every rank has powers of two of its own, and a small part of every sum beside it."""
+    ranks, expected = [], []
+    for seed, exponents in ((0, [0, 60]), (1, [-4, 0])):
+        arrays = sums(seed, positions=5)
+        total = {part: arrays[f"kronecker/{part}/{MODULE}"].double() for part in "AS"}
+        for part, exponent in zip("AS", exponents, strict=True):
+            lost = (total[part] * 2.0**-25).bfloat16()
+            arrays[f"lost/kronecker/{part}/{MODULE}"] = lost
+            total[part] = (total[part] + lost.double()) * 4.0**-exponent
+        arrays[f"kronecker/exponents/{MODULE}"] = torch.tensor(exponents)
+        ranks.append(arrays)
+        expected.append(total)
+    run = write(root, [([0], 2, ranks[0]), ([1, 2], 3, ranks[1])])
+    assert verify(root).ok
+    for part, count in (("A", 10), ("S", 5)):
+        found = getattr(open_store(root).kronecker(run.task, MODULE), part)
+        assert torch.equal(found, ((expected[0][part] + expected[1][part]) / count).float())
+
+
+def test_damaged_exponents_are_refused(root):
+    """Exponents that no writer makes do not become numbers."""
+    arrays = sums(0, positions=5) | {f"kronecker/exponents/{MODULE}": torch.tensor([5000, 0])}
+    run = write(root, [([0], 2, arrays)])
+    with pytest.raises(CorruptStoreError, match="holds no exponents"):
+        open_store(root).kronecker(run.task, MODULE)
+
+
 def test_heads_are_cut_by_the_layout(root):
     """The fused projection of the toy layout has three heads of four in each of Q, K and V."""
     run = write(root, [([0], 2, sums(0, positions=7))])
@@ -69,12 +97,15 @@ def test_factors_of_another_shape_are_refused(root):
 
 
 def test_sizes_are_estimated(root):
-    """The bytes of the factors are those that a snapshot takes."""
-    run = write(root, [([0], 2, sums(0, positions=7))])
+    """The bytes of the factors are those that a snapshot takes, with what rounding took and exponents."""
+    arrays = sums(0, positions=7)
+    lost = {f"lost/{name}": v.bfloat16() for name, v in arrays.items() if "positions" not in name}
+    exponents = {f"kronecker/exponents/{MODULE}": torch.tensor([3, -2])}
+    run = write(root, [([0], 2, arrays | lost | exponents)])
     header = run.header
     names = (f"{MODULE}.weight",)
     sizes = snapshot_bytes(header.layout, header.parameters, fisher_shape="groups", kronecker=names)
     # at most so much: the layout does not say that the bias goes with the shorter side
     exact = describe(root)["bytes"]["aggregates"]
-    assert exact <= sizes["kronecker"] <= exact + 4 * (2 * 3 * WIDTH + 1)
+    assert exact <= sizes["kronecker"] <= exact + 6 * (2 * 3 * WIDTH + 1)
     assert snapshot_bytes(header.layout, header.parameters)["kronecker"] == 0

@@ -494,3 +494,24 @@ def test_bytes_written_grow_as_pieces_are_put(root):
             segment.commit()
         assert before < during <= writer.bytes_written
         assert writer.bytes_written == sum(p.stat().st_size for p in (root / "shards").iterdir())
+
+
+def test_squares_of_two_kinds_are_not_mixed(root):
+    """A store whose squares are plain is read as it is, and no run with units of its own adds to it."""
+    plain, wide = (Run(header_of(toy_layout(), squares=squares)) for squares in ("plain", "wide"))
+    assert "wide-squares" in wide.header.requires
+    assert "wide-squares" not in plain.header.requires
+    plain.write(root)
+    with pytest.raises(FingerprintError, match=r"header\.squares: 'plain' in the store, 'wide' now"):
+        StoreWriter.open(root, wide.header)
+    assert_holds(open_store(root), plain)
+    other = root.with_name("wide.fs")
+    wide.write(other)
+    store = open_store(other)
+    square = store.group_values(wide.task)["square"].values
+    assert square.dtype == np.float64
+    np.testing.assert_allclose(square, wide.square.numpy(), rtol=3e-7)
+    for name in wide.gradients:
+        torch.testing.assert_close(store.fisher(wide.task, name), open_store(root).fisher(plain.task, name))
+    with pytest.raises(ValueError, match="squares 'narrow' is none of"):
+        header_of(toy_layout(), squares="narrow")

@@ -68,7 +68,7 @@ class _Run:
 
     def __init__(self, store: ContributionStore, config: ConflictConfig, context: Context) -> None:
         self.store, self.config, self.context = store, config, context
-        self.reader = SliceReader(store, context.memory_budget)
+        self.reader = SliceReader(store, context.memory_budget, context.tasks)
         limit = config.max_samples_per_task
         self.rows = {task: self.reader.usable(task, limit) for task in context.tasks}
         width = config.contribution_averaging_window

@@ -107,7 +107,7 @@ def calibrate(
     context = Context(opened, settings)
     if (reason := missing(opened, ("gradients",))) is not None:
         raise NotStoredError(reason)
-    reader = SliceReader(opened, context.memory_budget)
+    reader = SliceReader(opened, context.memory_budget, context.tasks)
     frames: list[pd.DataFrame] = []
     histograms: list[pd.DataFrame] = []
     for task in context.tasks:

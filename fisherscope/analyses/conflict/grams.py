@@ -17,8 +17,11 @@ from fisherscope.analyses.conflict.whitening import BlockScales, Whitening
 from fisherscope.analyses.conflict.windows import Windows
 from fisherscope.analyses.slices import Block, Loaded, SliceReader, Whole, stored_blocks
 from fisherscope.layout import ParameterInfo
+from fisherscope.linalg.scaling import LIMIT
 
 Gram = NDArray[np.float64]
+
+_SMALL = 1e-12  # products of larger entries than this, and of smaller ones than its inverse, are no danger
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ class GramStream:
     def _slices(self, block: Block) -> Iterator[tuple[Place, Gram]]:
         scales = self.whitening.block(block)
         self.reader.hold(block, self._rows)
-        lam = [*scales.lam.values()]
+        lam = [self.reader.lam_of(lam) for lam in scales.lam.values()]
         ridge = lam[0] if len(set(lam)) == 1 else float("nan")
         stack, layer = block.attention.stack, block.attention.layer
         for head in range(len(block)):
@@ -150,16 +153,36 @@ class GramStream:
         n = sum(self._rows.values())
         if loaded.fits:
             together = torch.cat([values for _, values in natural()])
-            gram = (together @ together.T).numpy().astype(np.float64)
+            gram = inner(together, together)
         else:
             gram = np.empty((n, n))
             for place, left in natural():
                 for other, right in natural():
                     if other.start >= place.start:
-                        part = (left @ right.T).numpy()
+                        part = inner(left, right)
                         gram[place, other] = part
                         gram[other, place] = part.T
         return Windows.average(gram, [*self.windows.values()])
+
+
+def inner(left: Tensor, right: Tensor) -> Gram:
+    """Inner products of the rows ``[n, k]`` and ``[m, k]``, float64 ``[n, m]``.
+
+    Very small and very large rows have powers of two of their own: no product leaves float32's range.
+    """
+    powers = []
+    for rows in (left, right) if right is not left else (left,):
+        size = torch.maximum(rows.amax(1), -rows.amin(1)).double()
+        usual = (size == 0) | ((size > _SMALL) & (size < 1 / _SMALL))
+        powers.append(torch.where(usual, 0, -torch.frexp(size)[1]).clamp(-LIMIT, LIMIT))
+    if not any(bool(p.any()) for p in powers):
+        return (left @ right.T).numpy().astype(np.float64)
+    scaled = [
+        rows * torch.exp2(p.double()).to(rows.dtype)[:, None]
+        for rows, p in zip((left, right), (powers[0], powers[-1]), strict=True)
+    ]
+    product = (scaled[0] @ scaled[1].T).double()
+    return (product / torch.exp2((powers[0][:, None] + powers[-1]).double())).numpy()
 
 
 def _of_parameter(info: ParameterInfo) -> Place:

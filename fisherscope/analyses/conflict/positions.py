@@ -138,6 +138,7 @@ def carrying_positions_of_pairs(
         for (a, b), gram in zip(found, grams, strict=True):
             both = [source.read(sample, each, lengths[sample]) for sample in (a, b)]
             left, right = (torch.cat(sides) for sides in zip(*both, strict=True))
+            left = left * 2.0**scales.exponent
             for number in range(len(each)) if head is None else (head,):
                 _add_head(gram, left, right, each, number, scales.of((a.task, b.task), each))
     where = _where(layer, block, head, stack)
@@ -182,6 +183,7 @@ class _Scales:
     def __init__(self, store: ContributionStore, config: ConflictConfig, memory_budget: int) -> None:
         self._store, self._config = store, config
         self._reader = SliceReader(store, memory_budget)
+        self.exponent = self._reader.exponent
         self._block: Block | None = None
         self._fishers: dict[str, Tensor] = {}
         self._scales: dict[tuple[str, str], Tensor] = {}
@@ -195,7 +197,7 @@ class _Scales:
         if tasks not in self._scales:
             fisher = (self._fisher(tasks[0], block) + self._fisher(tasks[1], block)) / 2
             # where F is 0 no sample has a gradient, but its positions may have some that cancel
-            scale = (fisher + damping(fisher, self._config)).rsqrt()
+            scale = (fisher + damping(fisher, self._config, self._reader.exponent)).rsqrt()
             self._scales[tasks] = torch.where(fisher > 0, scale, torch.zeros_like(scale))
         return self._scales[tasks]
 

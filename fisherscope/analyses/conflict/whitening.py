@@ -28,7 +28,10 @@ def whiten(gradients: Tensor, fisher: Tensor, lam: float) -> Tensor:
 
 
 def attention_norms(reader: SliceReader, task: str) -> Tensor:
-    """Norm of each sample's g over the attention weights whose gradients are stored, ``[n]`` float32."""
+    """Norm of each sample's g over the attention weights whose gradients are stored, ``[n]`` float32.
+
+    In the units of the reader.
+    """
     groups = reader.store.group_table.frame()
     stored = {block.partition.parameter for block in stored_blocks(reader.store)}
     chosen = (groups["kind"] == "head") & groups["parameter"].isin(stored)
@@ -36,7 +39,7 @@ def attention_norms(reader: SliceReader, task: str) -> Tensor:
         chunk.square[:, chosen.to_numpy()].sum(1)
         for chunk in group_chunks(reader.store, task, reader.memory_budget)
     ]
-    return torch.from_numpy(np.sqrt(np.concatenate(squares))).float()
+    return torch.from_numpy(np.sqrt(np.concatenate(squares)) * 2.0**reader.exponent).float()
 
 
 @dataclass(frozen=True)
@@ -107,10 +110,11 @@ class Whitening:
     def block(self, block: Block | Whole) -> BlockScales:
         """The scales of one block."""
         fishers = {task: self._fisher(task, block) for task in self._tasks}
+        exponent = self._reader.exponent
         if self.config.fisher_pool == "per_task":
-            lam = {task: damping(fisher, self.config) for task, fisher in fishers.items()}
+            lam = {task: damping(fisher, self.config, exponent) for task, fisher in fishers.items()}
         else:
-            pooled = damping(torch.stack([*fishers.values()]).mean(0), self.config)
+            pooled = damping(torch.stack([*fishers.values()]).mean(0), self.config, exponent)
             lam = dict.fromkeys(self._tasks, pooled)
         full = self._reader.source == "full" and self._weights is None
         count = self._reader.rows if full else self._reader.stored

@@ -44,7 +44,7 @@ def interference(
             f"no gradients of per-head {config.part} slices are stored: pass "
             'SampleGradients(parameters="attention") to scope.collect (some models have no such biases)'
         )
-    reader = SliceReader(store, context.memory_budget)
+    reader = SliceReader(store, context.memory_budget, context.tasks)
     measurement = Measurement(reader, context.tasks, config, context.rng)
     found = measurement.run(pairs)
     frame, why_not = with_claims(pd.DataFrame(found.rows), context, config)

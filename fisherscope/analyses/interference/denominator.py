@@ -47,11 +47,13 @@ class Health:
     flat: bool
 
     @classmethod
-    def of(cls, fisher: Tensor, lam: float, epsilon: float) -> Health:
-        """Measure F ``[k]`` of one slice."""
+    def of(cls, fisher: Tensor, lam: float, epsilon: float, exponent: int = 0) -> Health:
+        """Measure F ``[k]`` of one slice; F and lam are in units of ``4 ** -exponent``."""
         low, high = fisher.aminmax()
         below = float((fisher < epsilon).double().mean())
-        return cls(float(low), float(fisher.median()), float(high), below, lam, not float(high) > 0)
+        unit = 4.0**-exponent
+        median = float(fisher.median()) * unit
+        return cls(float(low) * unit, median, float(high) * unit, below, lam * unit, not float(high) > 0)
 
     @classmethod
     def unknown(cls) -> Health:
@@ -75,5 +77,5 @@ def denominators(
     for source in by_pair.values():
         if source not in made:
             fisher = torch.stack([by_task[task] for task in source]).mean(0)
-            made[source] = fisher, damping(fisher, Ridge.of(config))
+            made[source] = fisher, damping(fisher, Ridge.of(config), reader.exponent)
     return {pair: made[source] for pair, source in by_pair.items()}

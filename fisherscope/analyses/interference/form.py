@@ -27,6 +27,7 @@ class Form:
         left, right: make the operands of gradients ``[n, k]`` and w ``[k]``, into a buffer ``[n, k]``.
         left_power, right_power: the power of the factor which makes h_i of g_i that belongs to each.
         signed: scores below 0 mean conflict, above 0 synergy; else none is below 0.
+        degree: with what power of all gradients together a score grows.
     """
 
     left: Operand
@@ -34,6 +35,7 @@ class Form:
     left_power: int
     right_power: int
     signed: bool = False
+    degree: int = 0
 
 
 def _square(gradients: Tensor, white: Tensor, out: Tensor) -> Tensor:
@@ -56,7 +58,7 @@ def _absolute_whitened(gradients: Tensor, white: Tensor, out: Tensor) -> Tensor:
 
 
 FORMS: dict[str, Form] = {
-    "unsigned": Form(_square, _absolute, 2, 0),
+    "unsigned": Form(_square, _absolute, 2, 0, degree=1),
     "natural": Form(_square, _absolute_whitened, 2, 0),
     "signed": Form(_whitened, _whitened, 1, 1, signed=True),
     "symmetric": Form(_absolute_whitened, _absolute_whitened, 1, 1),

@@ -95,7 +95,9 @@ class FullScorer:
         gram = np.block([[self._gram(loaded, s, t) for t in tasks] for s in tasks])
         share, size = 1 / len(tasks), loaded.block.partition.slice_size
         fisher = DampedFisher.of(gram, np.repeat([share / n for n in counts], counts), size)
-        lam = max(self.config.epsilon, self.config.ridge, self.config.relative_ridge * fisher.mean_eigenvalue)
+        # gradients are in the units of the reader, and so are eigenvalues and lam
+        ridge = self.config.ridge * 4.0**self.reader.exponent
+        lam = max(self.config.epsilon, ridge, self.config.relative_ridge * fisher.mean_eigenvalue)
         # weights without the samples of a pair; a task's only sample is taken out of its own weight
         gone = 2 if a == b else 1
         left = [share / max(n - gone, 1) for n in counts]

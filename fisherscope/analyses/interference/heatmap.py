@@ -75,7 +75,7 @@ def compute_heatmap(
     if max_samples_per_task is not None:
         config = replace(config, max_samples_per_task=max_samples_per_task)
     chosen, wanted = _chosen(store, layers, heads, stack, config)
-    reader = SliceReader(store, memory_budget)
+    reader = SliceReader(store, memory_budget, (task_a, task_b))
     empty = warn_of_empty(reader, (task_a, task_b))
     found: dict[str, BlockHeatmap] = {}
     tops: dict[str, tuple[Extremes, list[tuple[int, int]]]] = {}

@@ -124,7 +124,10 @@ class Measurement:
             solved = self.scorer.solve(loaded, a, b)
             lam = solved.lam
             found.barely_damped += solved.barely_damped
-        return {**totals.numbers(), **asdict(Health.of(fisher, lam, self._config.epsilon))}
+        return {
+            **totals.numbers(),
+            **asdict(Health.of(fisher, lam, self._config.epsilon, self._reader.exponent)),
+        }
 
     def _tests(self, pairs: list[Pair]) -> dict[Pair, OverlapTest]:
         """One test for both orders of two tasks, under the first that is asked for."""
@@ -142,7 +145,7 @@ class Measurement:
         n_a, n_b = (count(task) for task in pair)
         first, second = (self._reader.fisher(task, block) for task in pair)
         fisher = (first * n_a + second * n_b) / (n_a + n_b)
-        return fisher, damping(fisher, Ridge.of(self._config))
+        return fisher, damping(fisher, Ridge.of(self._config), self._reader.exponent)
 
 
 def _note_tests(by_pair: dict[Pair, list[dict[str, Any]]], tests: dict[Pair, OverlapTest]) -> None:

@@ -105,6 +105,9 @@ class PairScorer:
             scores.div_(size)
             if magnitude is not None:
                 magnitude.div_(size)
+        if (units := self._form.degree * self.reader.exponent) != 0:
+            scores = scores.double() * 2.0**-units
+            magnitude = None if magnitude is None else magnitude.double() * 2.0**-units
         stretch = Stretch(rows, columns, scores, magnitude)
         if a == b:
             stretch.blank_diagonal()

@@ -9,7 +9,7 @@ import xarray as xr
 
 from fisherscope.analyses.config import InterferenceConfig
 from fisherscope.analyses.interference.denominator import denominators
-from fisherscope.analyses.interference.form import gradient_scale, interference_matrix
+from fisherscope.analyses.interference.form import FORMS, gradient_scale, interference_matrix
 from fisherscope.analyses.interference.full import FullScorer
 from fisherscope.analyses.interference.measuring import applied, nothing_stored, rows_to_load, scorer_for
 from fisherscope.analyses.slices import Block, Loaded, SliceReader, find_block
@@ -45,9 +45,9 @@ def matrix(
         memory_budget: bytes of gradients to hold at a time.
 
     Returns:
-        Axes (sample_a, sample_b) with the sample ids, float32; ``attrs`` tell the slice, lam and the form.
-        Where a task meets itself, the diagonal is NaN. Zeros, with a warning, where a task has no stored
-        gradients.
+        Axes (sample_a, sample_b) with the sample ids, float32 (float64 for gradients far from 1);
+        ``attrs`` tell the slice, lam and the form. Where a task meets itself, the diagonal is NaN. Zeros,
+        with a warning, where a task has no stored gradients.
 
     Raises:
         KeyError: no such task or slice, or its gradients are not stored.
@@ -60,7 +60,7 @@ def matrix(
     found = find_block(store, layer, block, config.part, stack)
     if not 0 <= head < len(found):
         raise IndexError(f"{block} of layer {layer} has {len(found)} heads, asked for {head}")
-    reader = SliceReader(store, memory_budget)
+    reader = SliceReader(store, memory_budget, (task_a, task_b))
     scores, lam = _scores(reader, found, head, (task_a, task_b), config, leave_pair_out=leave_pair_out)
     samples = [store.samples(task)["id"].to_numpy() for task in (task_a, task_b)]
     options = applied(config)
@@ -120,7 +120,7 @@ def compute_sample_pair(
     attention = store.layout.attention_layer(layer, stack)
     attention.kv_head(head)
     blocks = stored_names(store, layer, stack, config)
-    reader = SliceReader(store, BUDGET)
+    reader = SliceReader(store, BUDGET, (task_a, task_b))
     for task, row in ((task_a, sample_i), (task_b, sample_j)):
         n, stored = reader.rows(task), reader.stored(task)
         if not 0 <= row < (stored or n):
@@ -200,7 +200,8 @@ def _scores(
     scorer = scorer_for(reader, tuple(dict.fromkeys(tasks)), config)
     fisher, lam = denominators(reader, block, [tasks], config)[tasks]
     loaded = Loaded(reader, block, head, rows_to_load(scorer))
-    scores = torch.empty(scorer.rows[a], scorer.rows[b], dtype=torch.float32, device="cpu")
+    kind = torch.float64 if reader.exponent else torch.float32
+    scores = torch.empty(scorer.rows[a], scorer.rows[b], dtype=kind, device="cpu")
     for stretch in scorer.stretches(loaded, a, b, fisher[head], lam):
         chosen = stretch.reported if leave_pair_out else stretch.scores
         assert chosen is not None
@@ -209,8 +210,9 @@ def _scores(
         solved = scorer.solve(loaded, a, b)
         lam = solved.lam
         if solved.barely_damped:
-            warn_of_damping(f"lam = {lam:.3g} is below {solved.smallest:.3g},")
-    return scores, lam
+            shown, smallest = reader.lam_of(lam), reader.lam_of(solved.smallest)
+            warn_of_damping(f"lam = {shown:.3g} is below {smallest:.3g},")
+    return scores, reader.lam_of(lam)
 
 
 def _single(
@@ -234,4 +236,5 @@ def _single(
     else:
         right = reader.normalised(b, block, head, slice(j, j + 1))
     aggregate = config.aggregate
-    return float(interference_matrix(left, right, fisher[head], lam, form=config.form, aggregate=aggregate))
+    found = interference_matrix(left, right, fisher[head], lam, form=config.form, aggregate=aggregate)
+    return float(found) * 2.0 ** (-reader.exponent * FORMS[config.form].degree)

@@ -17,6 +17,7 @@ from fisherscope.instrument.backpack.surrogate import run_on_gradients
 from fisherscope.instrument.emission import Emission
 from fisherscope.instrument.extensions import Collector, Extension
 from fisherscope.instrument.extensions.base import Context
+from fisherscope.linalg import RunningSum
 from fisherscope.store import ContributionStore, SegmentWriter
 
 Reduction = Literal["sum", "samples", "variance"]
@@ -109,7 +110,7 @@ class _Sums(Collector):
             for parameter in context.parameters
             for part in (("square/", "total/") if options.reduction == "variance" else ("",))
         ]
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, RunningSum] = {}
 
     @override
     def wants_dense(self, parameter: str) -> bool:
@@ -149,14 +150,25 @@ class _Sums(Collector):
     def _add(self, name: str, value: Tensor) -> None:
         full, value = f"{self._options.name}/{name}", value.reshape(value.shape or (1,))
         held = self._sums.get(full)
-        if held is not None and held.shape != value.shape:
-            raise FisherscopeError(self._wrong(value, f"the shape {tuple(held.shape)} of another batch"))
-        self._sums[full] = value.clone() if held is None else held.to(value.device).add_(value)
+        if held is None:
+            held = self._sums[full] = RunningSum.zeros(*value.shape, device=value.device)
+        if held.value.shape != value.shape:
+            raise FisherscopeError(
+                self._wrong(value, f"the shape {tuple(held.value.shape)} of another batch")
+            )
+        held.add(value.to(held.value.device, torch.float32, copy=True))
 
     @override
     def state(self) -> dict[str, Tensor]:
-        return {name: value.cpu() for name, value in self._sums.items()}
+        arrays: dict[str, Tensor] = {}
+        for name, held in self._sums.items():
+            arrays |= held.arrays(name)
+        return arrays
 
     @override
     def load_state(self, arrays: Mapping[str, Tensor]) -> None:
-        self._sums = {name: arrays[name].clone() for name in self._names if name in arrays}
+        self._sums = {}
+        for name in self._names:
+            if name in arrays:
+                self._sums[name] = RunningSum.zeros(*arrays[name].shape, device=torch.device("cpu"))
+                self._sums[name].load(arrays, name, 0)

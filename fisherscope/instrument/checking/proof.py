@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherscope.instrument.checking.witness import Projected, Witness, project, theta_norms
+from fisherscope.instrument.squares import Sinks, measure
 from fisherscope.layout import Member
 from fisherscope.linalg import Dense
 
@@ -23,6 +24,7 @@ FLOOR = 1e-2
 """Groups whose gradients are smaller than this share of the whole are judged as if they had that share."""
 
 _LARGEST_POWER = 3
+_LARGEST_EXPONENT = 120  # float32 holds no more
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def draw_weights(norms: Tensor, seed: int) -> Tensor:
     signs = torch.randint(0, 2, (n,), generator=generator, dtype=torch.int64, device="cpu") * 2 - 1
     powers = torch.randint(0, _LARGEST_POWER + 1, (n,), generator=generator, dtype=torch.int64, device="cpu")
     sizes = torch.where(norms > 0, norms, 1.0).log2().round()
-    return signs * torch.exp2(powers - sizes)
+    return signs * torch.exp2((powers - sizes).clamp(-_LARGEST_EXPONENT, _LARGEST_EXPONENT))
 
 
 def smallest_seen(weights: Tensor, norms: Tensor, tolerance: Tolerance) -> float:
@@ -173,11 +175,13 @@ class SquareComparison:
         self._seen[name] = self._seen.get(name, 0) + 1
         seen = self.witness.projected[name]
         whole = float(self.witness.norms()[self.sample]) ** 2
-        own = Dense(_strided(gradient).double().unsqueeze(0).float())
-        found = own.norms([member.partition for member in seen.members])
+        one = torch.ones(1, dtype=torch.float32, device=gradient.device)
+        own = Dense(_strided(gradient).float().unsqueeze(0))
+        # whatever its magnitude: float32 holds no square below 1e-38
+        found = measure(own, one, [member.partition for member in seen.members], Sinks()).pieces
         size = 0.0
         for k in range(len(seen.members)):
-            mine, other = seen.squares[k][self.sample], found[k][0].double()
+            mine, other = seen.squares[k][self.sample], found[k][0]
             scale = mine + FLOOR**2 * whole
             off = (mine - other).abs() / scale.clamp_min(1e-300)
             size = max(size, float(off[scale > 0].max()) if bool((scale > 0).any()) else 0.0)

@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fisherscope.instrument.emission import Emission, Sinks
+from fisherscope.instrument.emission import Emission
+from fisherscope.instrument.squares import Sinks
 from fisherscope.layout import GroupTable, ModelLayout
 from fisherscope.linalg.normalization import Normalization
 from fisherscope.store import SegmentWriter

@@ -51,7 +51,7 @@ class FactorWriter:
                 raise refusal(name, kept)
             writer.put_output(name, start, found.output_gradients[kept])
             self._write_input(name, found.inputs, kept, segment, start)
-        elif emission.gradient.square_sum().any():
+        elif not emission.is_zero:
             raise refusal(name, found.reason)
         else:
             # the loss does not depend on it: whatever it was given, times nothing

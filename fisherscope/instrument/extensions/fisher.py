@@ -6,14 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
-from fisherscope.instrument.emission import Emission, Sinks
+from fisherscope.instrument.emission import Emission
 from fisherscope.instrument.extensions.base import Collector, Context, Extension
+from fisherscope.instrument.extensions.full_sums import FullSums
 from fisherscope.instrument.extensions.labelled_fisher import LabelledFisherCollector
 from fisherscope.instrument.extensions.registry import register_extension
+from fisherscope.instrument.squares import Sinks
 from fisherscope.linalg.normalization import NORMALIZATIONS, Normalization
 from fisherscope.store import SegmentWriter
 
@@ -26,8 +27,8 @@ class Fisher(Extension):
     """F = E_i[h_i ** 2] per entry of every instrumented parameter, with the mean of h beside it.
 
     Attributes:
-        shape: "full" keeps F and mean h in the parameter's shape (float32, 8 bytes per entry and task);
-            "groups" keeps head, channel and parameter values only.
+        shape: "full" keeps F and mean h in the parameter's shape (compensated sums in float32, 12 bytes per
+            entry and task); "groups" keeps head, channel and parameter values only.
         labels: one label source or several. "data" is the empirical Fisher, from the one backward pass;
             "sampled" draws labels from what the model predicts, a backward pass for each draw (Kunstner et
             al. 2019 on why they differ); "exact" takes the expectation, a pass for each class and label.
@@ -78,34 +79,27 @@ class FisherCollector(Collector):
 
     def __init__(self, context: Context, *, full: bool) -> None:
         """Zero accumulators in the shape of each parameter, or none at all."""
-        self._square: dict[str, Tensor] = {}
-        self._total: dict[str, Tensor] = {}
-        if full:
-            for name, parameter in context.parameters.items():
-                self._square[name] = torch.zeros(
-                    parameter.shape, device=parameter.device, dtype=torch.float32
-                )
-                self._total[name] = torch.zeros(parameter.shape, device=parameter.device, dtype=torch.float32)
+        self._sums = FullSums(context.parameters if full else {}, "data", mean=True)
 
     @override
     def sinks(self, parameter: str) -> Sinks:
-        return Sinks(self._square.get(parameter), self._total.get(parameter))
+        return self._sums.sinks(parameter)
 
     @override
     def update(self, emission: Emission, segment: SegmentWriter | None, start: int) -> None:
         # the pass over the gradients, which the group values share, has filled the sinks
         del segment, start
-        _ = emission.square_norms
+        self._sums.added(emission)
+
+    @override
+    def end(self, segment: SegmentWriter | None, start: int) -> None:
+        del segment, start
+        self._sums.check()
 
     @override
     def state(self) -> dict[str, Tensor]:
-        arrays = {f"fisher/data/{name}": value for name, value in self._square.items()}
-        arrays.update({f"mean/{name}": value for name, value in self._total.items()})
-        return {name: value.detach().cpu() for name, value in arrays.items()}
+        return self._sums.state()
 
     @override
     def load_state(self, arrays: Mapping[str, Tensor]) -> None:
-        for name, value in self._square.items():
-            value.copy_(arrays[f"fisher/data/{name}"])
-        for name, value in self._total.items():
-            value.copy_(arrays[f"mean/{name}"])
+        self._sums.load_state(arrays)

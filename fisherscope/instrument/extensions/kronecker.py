@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import ClassVar
 
@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from fisherscope.errors import NonFiniteError
 from fisherscope.instrument.by_position import ByPosition, NotByPosition
 from fisherscope.instrument.emission import Emission
 from fisherscope.instrument.extensions.base import Collector, Context, Extension
 from fisherscope.instrument.extensions.choice import Choice, checked_choice, none_chosen
 from fisherscope.instrument.extensions.registry import register_extension
+from fisherscope.instrument.squares import Scale
 from fisherscope.layout import ModelLayout
+from fisherscope.linalg import RunningSum
 from fisherscope.store import SegmentWriter
 
 _MOST_NAMED = 8
@@ -32,7 +35,7 @@ class Kronecker(Extension):
     has a row and column for the bias where that is instrumented. Padding is left out. What has no factors,
     such as routed experts, is named in a warning.
 
-    Each map takes ``4 (in^2 + out^2)`` bytes on its device and, per task, in the store.
+    Each map takes ``6 (in^2 + out^2)`` bytes on its device and, per task, in the store.
 
     Attributes:
         parameters: "all" (instrumented ones), "attention" or a list of name patterns of weights.
@@ -67,16 +70,18 @@ class Kronecker(Extension):
 
 @dataclass
 class _Sums:
-    """Running sums of one map.
+    """Running sums of one map, in units of powers of two.
 
     Attributes:
-        A: sum of a a' over positions, float32.
-        S: sum over samples of (1 / T_i) sum_t d_t d_t', float32.
+        A: sum of a a' over positions.
+        S: sum over samples of (1 / T_i) sum_t d_t d_t'.
+        scales: of a and of d.
         positions: terms in A.
     """
 
-    A: Tensor
-    S: Tensor
+    A: RunningSum
+    S: RunningSum
+    scales: tuple[Scale, Scale] = field(default_factory=lambda: (Scale(), Scale()))
     positions: int = 0
 
     def add(self, found: ByPosition, tokens: Tensor) -> None:
@@ -85,11 +90,16 @@ class _Sums:
         chosen = terms.flatten().nonzero().squeeze(1)
         a = found.inputs.flatten(0, 1)[chosen].float()
         d = found.output_gradients.flatten(0, 1)[chosen].float()
-        if len(self.A) > a.shape[1]:
+        if len(self.A.value) > a.shape[1]:
             a = torch.cat([a, a.new_ones(len(a), 1)], 1)
         weights = tokens.to(d.device, torch.float32).reciprocal()[chosen // terms.shape[1]]
-        self.A.addmm_(a.T, a)
-        self.S.addmm_(d.T, d * weights.unsqueeze(1))
+        for into, rows, scale, factors in (
+            (self.A, a, self.scales[0], None),
+            (self.S, d, self.scales[1], weights),
+        ):
+            scale.fix_by(rows)
+            scaled = rows * 2.0**scale.exponent if scale.exponent else rows
+            into.add(scaled.T @ (scaled if factors is None else scaled * factors.unsqueeze(1)))
         self.positions += len(chosen)
 
 
@@ -127,10 +137,8 @@ class KroneckerCollector(Collector):
         inputs, outputs = found.inputs.shape[2], found.output_gradients.shape[2]
         inputs += f"{module}.bias" in self._context.parameters
         device = found.inputs.device
-        return _Sums(
-            torch.zeros(inputs, inputs, device=device, dtype=torch.float32),
-            torch.zeros(outputs, outputs, device=device, dtype=torch.float32),
-        )
+        zeros = [RunningSum.zeros(size, size, device=device) for size in (inputs, outputs)]
+        return _Sums(zeros[0], zeros[1])
 
     def _is_expected(self, name: str) -> bool:
         """Whether a parameter that is no linear map by itself does what one does: experts, convolutions."""
@@ -140,6 +148,7 @@ class KroneckerCollector(Collector):
     @override
     def end(self, segment: SegmentWriter | None, start: int) -> None:
         del segment, start
+        self._check()
         if self._lacking:
             by_reason: dict[str, list[str]] = {}
             for name, reason in sorted(self._lacking.items()):
@@ -147,12 +156,22 @@ class KroneckerCollector(Collector):
             named = "; ".join(f"{_listed(names)}: {reason}" for reason, names in by_reason.items())
             self._context.warn_once(f"no Kronecker factors are collected of {named}")
 
+    def _check(self) -> None:
+        for module, sums in self._sums.items():
+            if not all(torch.isfinite(into.value.diagonal()).all() for into in (sums.A, sums.S)):
+                raise NonFiniteError(
+                    f"the Kronecker factors of {module} overflow: what it is given, or the gradient of what "
+                    "it gives, has grown so much since the first batch that float32 cannot hold both. Leave "
+                    "out the samples whose losses explode, or the map with Kronecker(parameters=[...])"
+                )
+
     @override
     def state(self) -> dict[str, Tensor]:
         arrays: dict[str, Tensor] = {}
         for module, sums in self._sums.items():
-            arrays[f"kronecker/A/{module}"] = sums.A.cpu()
-            arrays[f"kronecker/S/{module}"] = sums.S.cpu()
+            arrays |= sums.A.arrays(f"kronecker/A/{module}") | sums.S.arrays(f"kronecker/S/{module}")
+            exponents = [scale.exponent for scale in sums.scales]
+            arrays[f"kronecker/exponents/{module}"] = torch.tensor(exponents, dtype=torch.int64, device="cpu")
             arrays[f"kronecker/positions/{module}"] = torch.tensor(
                 [sums.positions], dtype=torch.int64, device="cpu"
             )
@@ -166,11 +185,19 @@ class KroneckerCollector(Collector):
                 self._left_out.add(module)
                 continue
             device = self._context.parameters[name].device
-            self._sums[module] = _Sums(
-                arrays[f"kronecker/A/{module}"].to(device, torch.float32, copy=True),
-                arrays[f"kronecker/S/{module}"].to(device, torch.float32, copy=True),
-                int(arrays[f"kronecker/positions/{module}"]),
-            )
+            self._sums[module] = _loaded(arrays, module, device)
+
+
+def _loaded(arrays: Mapping[str, Tensor], module: str, device: torch.device) -> _Sums:
+    """The sums of a map as they were stored."""
+    sums, scales = [], []
+    for part, exponent in zip("AS", arrays[f"kronecker/exponents/{module}"].tolist(), strict=True):
+        name = f"kronecker/{part}/{module}"
+        sums.append(RunningSum.zeros(*arrays[name].shape, device=device))
+        more = sums[-1].load(arrays, name) // 2
+        scales.append(Scale(int(exponent) + more, is_fixed=sums[-1].largest() > 0))
+    positions = int(arrays[f"kronecker/positions/{module}"])
+    return _Sums(sums[0], sums[1], (scales[0], scales[1]), positions)
 
 
 def _listed(names: list[str]) -> str:

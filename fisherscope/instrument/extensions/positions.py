@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from fisherscope.errors import CoverageError
+from fisherscope.errors import CoverageError, NonFiniteError
 from fisherscope.instrument.by_position import ByPosition
 from fisherscope.instrument.emission import Emission
 from fisherscope.instrument.extensions.base import Collector, Context, Extension
@@ -19,6 +20,9 @@ from fisherscope.layout import ModelLayout, Partition
 from fisherscope.linalg import Factored
 from fisherscope.store import SegmentWriter
 from fisherscope.store.position_plan import PositionDataset, PositionPlan, side_of
+
+_LARGEST = 1e37  # of squared norms, with room for the contributions that cancel in them
+_SMALLEST = 1e-33  # with room for contributions that are a small part of them
 
 
 @register_extension
@@ -65,6 +69,7 @@ class PositionCollector(Collector):
     def __init__(self, plan: PositionPlan) -> None:
         """Collect what the segments have room for."""
         self._datasets = plan.datasets
+        self._warned = False
 
     @override
     def update(self, emission: Emission, segment: SegmentWriter | None, start: int) -> None:
@@ -75,7 +80,8 @@ class PositionCollector(Collector):
         found = emission.by_position
         if isinstance(found, ByPosition):
             values = _of_samples(found, place, lengths)
-        elif emission.gradient.square_sum().any():
+            self._check_range(emission)
+        elif not emission.is_zero:
             raise _refusal(emission.parameter, found.reason)
         else:
             # the loss does not depend on it
@@ -83,6 +89,35 @@ class PositionCollector(Collector):
                 torch.zeros(length, place.columns, dtype=torch.float32, device="cpu") for length in lengths
             ]
         segment.put_ragged(place.name, start, values)
+
+    def _check_range(self, emission: Emission) -> None:
+        """Contributions are squares in float32, of which it holds those between 1e-38 and 3e38.
+
+        Raises:
+            NonFiniteError: those of a sample are larger.
+        """
+        whole = [member.partition for member in emission.members].index(None)
+        squares = emission.square_norms[whole].squeeze(1).cpu() / emission.factors.cpu().double().square()
+        advice = (
+            "multiply the losses by a power of two that brings gradients near 1, or leave the parameter out "
+            "with Positions(parameters=[...])"
+        )
+        if (large := squares > _LARGEST).any():
+            sample = emission.batch.sample_id(int(large.nonzero()[0, 0]))
+            raise NonFiniteError(
+                f"the position contributions of {emission.parameter} to {sample} are squares beyond what "
+                f"float32 holds: {advice}"
+            )
+        small = (squares > 0) & (squares < _SMALLEST)
+        if small.any() and not self._warned:
+            self._warned = True
+            first = int(small.nonzero()[0, 0])
+            warnings.warn(
+                f"the position contributions of {emission.parameter} to {emission.batch.sample_id(first)} "
+                f"add up to {float(squares[first]):.1g}, of which float32 holds few digits or none (others "
+                f"may be like it): {advice}",
+                stacklevel=2,
+            )
 
 
 def _of_samples(found: ByPosition, place: PositionDataset, lengths: list[int]) -> list[Tensor]:
