@@ -70,6 +70,7 @@ def show_description(facts: dict[str, Any]) -> None:
                 (f"error in {task}", f"median {error['median']:.2g}, worst {error['worst']:.2g} (low rank)")
                 for task, error in facts["encoding_errors"].items()
             ),
+            *_probe(facts["probe"]),
             *((f"proofs of {task}", found["in_words"]) for task, found in facts["proofs"].items()),
         ],
     )
@@ -79,6 +80,20 @@ def show_description(facts: dict[str, Any]) -> None:
         [(kind, number) for kind, number in facts["bytes"].items() if number],
     )
     table("made by", ["what", "value"], [(key, str(value)) for key, value in facts["provenance"].items()])
+
+
+def _probe(probe: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """What the store knows its model by, in words."""
+    if probe is None:
+        return []
+    samples, where = ", ".join(map(str, probe["samples"])), ", ".join(map(str, probe["environment"].values()))
+    if not probe["repeats"]:
+        return [("known by", f"its digests: the objective does not repeat itself ({where})")]
+    words = (
+        f"losses and gradient norms of {samples}, to {probe['tolerance']:.0e} on the same machine and to "
+        f"{probe['tolerance_elsewhere']:.1g} elsewhere ({where})"
+    )
+    return [("known by", words)]
 
 
 def _encodings(facts: dict[str, Any]) -> str:

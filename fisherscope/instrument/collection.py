@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fisherscope.errors import FisherscopeError, Interrupted, StoreError
 from fisherscope.instrument.cadence import Cadence, Pace
+from fisherscope.instrument.checking.probe import Prober, probe_samples
 from fisherscope.instrument.checking.proving import Proofs
 from fisherscope.instrument.checking.schedule import Schedule
 from fisherscope.instrument.checks import check_rows
@@ -46,6 +47,7 @@ class Collection:
         stop: set by a signal.
         progress: told about every batch.
         constants: arrays that hold for the whole store.
+        prober: measures what the store will know its model by; None for a trial.
     """
 
     plan: RunPlan
@@ -53,6 +55,7 @@ class Collection:
     stop: StopRequest
     progress: Progress
     constants: dict[str, Tensor]
+    prober: Prober | None = None
     _pace: Pace = field(default_factory=Pace, init=False)
     _cadence: Cadence = field(init=False)
     _done: set[int] = field(default_factory=set, init=False)
@@ -78,7 +81,7 @@ class Collection:
         if new:
             check_samples(self.plan, new)
         if len(new) == len(self.plan.tasks):
-            self.writer.constants(self.constants | compute_error(self.plan))
+            self.writer.constants(self.constants | compute_error(self.plan) | self._probe())
         for task in self.plan.tasks:
             self._run_task(task)
         if self.stop.signal is not None:
@@ -87,6 +90,12 @@ class Collection:
                 f"{self.writer.path} is complete, there is nothing to resume",
                 self.stop.signal,
             )
+
+    def _probe(self) -> dict[str, Tensor]:
+        """What the store will know its model by; nothing where it knows already."""
+        if self.prober is None or self.writer.has_constants:
+            return {}
+        return self.prober.record(self.writer, probe_samples(self.plan.tasks, self.plan.options.seed))
 
     def _run_task(self, task: TaskPlan) -> None:
         committed = self.writer.committed_rows(task.name)

@@ -10,7 +10,7 @@ from torch import nn
 
 from fisherscope.instrument.choosing_encodings import ChosenEncodings
 from fisherscope.instrument.extensions import Positions
-from fisherscope.instrument.fingerprint import config_digest, digest, tokenizer_digest, weights_digest
+from fisherscope.instrument.fingerprint import digest, tokenizer_digest, weights_digest
 from fisherscope.instrument.limits import BatchLimits
 from fisherscope.instrument.objectives import Objective
 from fisherscope.instrument.options import CollectOptions
@@ -54,12 +54,10 @@ def make_header(
     identity = options.identity() | ({"seed": options.seed} if objective.is_drawn else {})
     fingerprint = {
         "weights": weights_digest(model),
-        "config": config_digest(model.config),
-        "attention": str(getattr(model.config, "_attn_implementation", None)),
+        "dtype": str(dtype).removeprefix("torch."),
         "tokenizer": tokenizer_digest(tokenizer),
         "objective": objective.name,
         "parameters": digest(parameters),
-        "device": device.type,
         "pad_side": pad_side,
         "autocast": autocast_dtype(device),
         **identity,
@@ -104,6 +102,7 @@ def _provenance(model: nn.Module, device: torch.device, dtype: torch.dtype) -> d
         "model_class": type(model).__name__,
         "model_name": str(getattr(model.config, "_name_or_path", "")),
         "model_parameters": sum(p.numel() for p in model.parameters()),
+        "attention": str(getattr(model.config, "_attn_implementation", None)),
         "model_dtype": str(dtype).removeprefix("torch."),
         "device": str(device),
     }

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,8 +40,52 @@ def check_same_run(store: ContributionStore, facts: ModelFacts, objective: Objec
             f"the gradients of {store.path} are those of the objective {stored.get('objective')!r}, and this "
             f"is {objective.name!r}: pass the same objective="
         )
+    dtype = str(facts.dtype).removeprefix("torch.")
+    if (before := stored.get("dtype", dtype)) != dtype:
+        raise FingerprintError(
+            f"{store.path} was collected from a model in {before}, and this one is in {dtype}: load it in "
+            f"{before}"
+        )
     if stored.get("weights") != weights_digest(facts.model):
         raise FingerprintError(f"{store.path} was collected from a model with other weights than this one")
+
+
+def check_model(
+    store: ContributionStore,
+    planner: Planner,
+    objective: Objective,
+    seed: int,
+    given: Mapping[str, Sample],
+) -> dict[str, Any] | None:
+    """Have a model compute what a store knows its model by.
+
+    Args:
+        store: the store.
+        planner: of the model.
+        objective: of the store.
+        seed: of the run.
+        given: samples that are at hand, by key.
+
+    Returns:
+        What there is to note; None where the store has no such record.
+
+    Raises:
+        FingerprintError: the model computes something else.
+    """
+    if not store.evidence("probe"):
+        return None
+    dtype = store.header.options.get("compute_dtype", "float32")
+    options = CollectOptions(extensions=(), compute_dtype=dtype, seed=seed)
+    try:
+        prober = planner.of_parameters(store.parameters).prober(options, objective)
+    except CoverageError as error:
+        raise FingerprintError(
+            f"this model does not have the parameters that {store.path} was collected from ({error}): "
+            "restore it as it was, or collect into another directory"
+        ) from error
+    seeded = random_state(seed, deterministic=bool(store.header.options.get("deterministic")))
+    with seeded, prepared(planner.model):
+        return prober.compare(store, given, lambda places: stored_samples(store, places, objective.labelling))
 
 
 def parse_ids(store: ContributionStore, ids: Iterable[str]) -> list[tuple[str, int]]:
@@ -196,12 +241,16 @@ def rerun(
     objective = resolve_objective(options.objective, facts.model)
     check_same_run(store, facts, objective)
     places = parse_ids(store, ids)
+    given: dict[str, Sample] = {}
     if tasks is None:
         samples = stored_samples(store, places, objective.labelling)
     else:
         stored = store.header.options
         as_collected = replace(options, max_length=stored["max_length"], seed=stored["seed"] or 0)
-        samples = given_samples(store, places, prepare_tasks(tasks, facts, as_collected, objective))
+        every = prepare_tasks(tasks, facts, as_collected, objective)
+        samples = given_samples(store, places, every)
+        given = {sample.key: sample for rows in every.values() for sample in rows}
+    check_model(store, planner, objective, int(store.header.options.get("seed") or 0), given)
     return Rerun(planner, facts, samples, objective, options)
 
 

@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from torch import nn
+
 from fisherscope.errors import CoupledSamplesError
 from fisherscope.instrument.batch import Batch, make_batch
+from fisherscope.instrument.checking.probe import Prober
 from fisherscope.instrument.checking.state import find_state
 from fisherscope.instrument.choosing_encodings import ChosenEncodings, choose_encodings
 from fisherscope.instrument.data import Sample
@@ -29,7 +32,7 @@ from fisherscope.instrument.options import CollectOptions
 from fisherscope.instrument.passes import BatchPass
 from fisherscope.instrument.prepared import prepared
 from fisherscope.instrument.shared_inputs import Seen, look_at, two_short
-from fisherscope.instrument.targets import Targets
+from fisherscope.instrument.targets import Targets, select_targets
 from fisherscope.instrument.tasks import Tasks, prepare_tasks
 from fisherscope.layout import GroupTable, ModelLayout
 from fisherscope.store import StoreHeader, StoreWriter
@@ -277,6 +280,42 @@ class Planner:
             if not options.force:
                 raise CoupledSamplesError(found)
             warnings.warn(f"going on by force: {found}", stacklevel=2)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that is planned for."""
+        return self._facts.model
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the instrumented parameters."""
+        return self._targets.parameters
+
+    def of_parameters(self, names: Sequence[str]) -> Planner:
+        """The same model with other parameters instrumented.
+
+        Raises:
+            CoverageError: the model has none of them.
+        """
+        if tuple(names) == self.parameters:
+            return self
+        return Planner(
+            self._facts, self._layout, select_targets(self._facts.model, self._layout, list(names))
+        )
+
+    def prober(self, options: CollectOptions, objective: Objective) -> Prober:
+        """What runs single samples of a store through the model."""
+        context = self._context(options)
+        model, side, pad = self._facts.model, self._facts.pad_side(objective), self._facts.pad_id()
+        batch_pass = BatchPass(
+            model, self._targets, objective, context, options.torch_dtype, seed=options.seed
+        )
+
+        def make(samples: Sequence[Sample]) -> Batch:
+            rows = range(len(samples))
+            return make_batch("probe", rows, samples, pad_id=pad, side=side, device=context.device)
+
+        return Prober(self._facts, batch_pass, context, make)
 
     def header(self, plan: RunPlan) -> StoreHeader:
         """Of the run's store; hashes the weights."""

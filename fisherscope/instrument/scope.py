@@ -32,6 +32,7 @@ from fisherscope.instrument.model_facts import ModelFacts
 from fisherscope.instrument.objectives import Objective, Predict
 from fisherscope.instrument.on_demand import (
     Rerun,
+    check_model,
     chosen_parameters,
     factors_again,
     gradients_again,
@@ -286,6 +287,8 @@ class Scope:
                 )
             )
             stack.enter_context(nothing_half_written(writer))
+            # before anything is declared: a run that is refused leaves the store as it was
+            self._check_model(plan, writer)
             plan = plan.settled(writer)
             if options.store_text:
                 writer.token_texts(texts_of_tokens(self.tokenizer, plan))
@@ -296,7 +299,8 @@ class Scope:
                 sys.stderr.write(f"collect: {plan.estimate}; {plan.limits}\n")
             count = sum(plan.share_rows(task) for task in plan.tasks)
             bar = stack.enter_context(progress(count, quiet=options.quiet))
-            Collection(plan, writer, stop, bar, self._constants(plan)).run()
+            prober = self._planner.prober(options, plan.objective)
+            Collection(plan, writer, stop, bar, self._constants(plan), prober).run()
         return open_store(path)
 
     @at_work
@@ -384,6 +388,19 @@ class Scope:
         known = [n for n in self.parameters if parameters is not None or n in again.weights]
         found = factors_again(again, self.layout, chosen_parameters(known, parameters))
         return dict(zip(ids, found, strict=True))
+
+    def _check_model(self, plan: RunPlan, writer: StoreWriter) -> None:
+        """Have the model compute what a store that is there knows its model by.
+
+        Raises:
+            FingerprintError: it computes something else.
+        """
+        if not writer.has_constants:
+            return
+        given = {sample.key: sample for task in plan.tasks for sample in task.samples}
+        found = check_model(open_store(writer.path), self._planner, plan.objective, plan.options.seed, given)
+        if found is not None and (not found["compared"] or "environment" in found):
+            writer.evidence("compared", found)
 
     def _rerun(
         self,

@@ -40,8 +40,8 @@ def describe(store: ContributionStore | str | Path) -> dict[str, Any]:
     Returns:
         JSON-ready: path, format, model type, tasks (samples, committed, complete, samples in the
         aggregates), shards and bytes per kind, encodings of gradients with the reason and, where some are
-        low-rank, the median and the worst relative error per task, the proofs of batches, element
-        types, a summary of the layout,
+        low-rank, the median and the worst relative error per task, the proofs of batches, what the
+        store knows its model by, element types, a summary of the layout,
         options, fingerprint and provenance.
 
     Raises:
@@ -71,6 +71,7 @@ def describe(store: ContributionStore | str | Path) -> dict[str, Any]:
         "encoding_reason": header.options.get("gradient_encodings"),
         "encoding_errors": _errors(opened),
         "proofs": opened.proofs(),
+        "probe": _probe(opened),
         "gradient_dtype": header.gradient_dtype,
         "factor_dtype": header.encodings.dtype if header.encodings.of else None,
         "normalization": header.normalization,
@@ -83,6 +84,15 @@ def describe(store: ContributionStore | str | Path) -> dict[str, Any]:
         "fingerprint": header.fingerprint,
         "provenance": header.provenance,
     }
+
+
+def _probe(store: ContributionStore) -> dict[str, Any] | None:
+    """What the store knows its model by, and where another environment was met; None for older stores."""
+    recorded = store.evidence("probe")
+    if not recorded:
+        return None
+    kept = ("samples", "environment", "repeats", "rounding", "tolerance", "tolerance_elsewhere", "dtype")
+    return {key: recorded[-1].get(key) for key in kept} | {"compared": store.evidence("compared")}
 
 
 def _errors(store: ContributionStore) -> dict[str, dict[str, float]]:

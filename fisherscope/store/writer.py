@@ -229,10 +229,15 @@ class StoreWriter:
         record = self._commits.ledger.snapshots.get(task)
         return None if record is None else read_snapshot(self.path, record)
 
+    @property
+    def has_constants(self) -> bool:
+        """Whether arrays that hold for the whole store are committed."""
+        self.flush()
+        return any(ledger.constants for ledger in self._commits.ledgers)
+
     def constants(self, arrays: Arrays) -> None:
         """Commit arrays that hold for the whole store. The first call counts; later ones do nothing."""
-        self.flush()
-        if any(ledger.constants for ledger in self._commits.ledgers):
+        if self.has_constants:
             return
         self._commits.commit(
             write_arrays(arrays, lambda specs: self._commits.new_shard("constants", specs, "")),

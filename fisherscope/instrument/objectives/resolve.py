@@ -57,10 +57,10 @@ def resolve_objective(choice: str | Objective | Predict, model: nn.Module) -> Ob
         ValueError: no objective of that name, or the model has no head that "auto" knows.
     """
     if isinstance(choice, Objective):
-        return replace(choice, name=f"{choice.name}#{identity(choice.predict)}")
+        return replace(choice, name=f"{choice.name}#{identity(choice.predict, model)}")
     if callable(choice):
         own = _of_model(model)
-        return replace(CAUSAL_LM if own is None else own, name=identity(choice), predict=choice)
+        return replace(CAUSAL_LM if own is None else own, name=identity(choice, model), predict=choice)
     if choice == "auto":
         found = _of_model(model)
         if found is None:
