@@ -34,7 +34,8 @@ def environment(facts: ModelFacts) -> dict[str, str]:
 
 def surroundings(model: nn.Module) -> dict[str, str]:
     """What beside its weights makes a model another one, as far as it shows: hints for a message."""
-    found = {f"config {key}": value for key, value in _flat("", model.config.to_dict())}
+    config: Any = model.config
+    found = {f"config {key}": value for key, value in _flat("", config.to_dict())}
     for path, module in model.named_modules():
         where = path or type(model).__name__
         for kind, hooks in (("forward", module._forward_hooks), ("pre-forward", module._forward_pre_hooks)):
