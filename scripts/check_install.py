@@ -1,6 +1,6 @@
 """Check an installation: what is pinned has that version, and torchvision stayed out.
 
-``check_install.py [pinned | oldest | newest]``: by constraints.txt, by constraints-oldest.txt, or torch alone.
+``check_install.py [pinned | oldest | newest]``: by constraints.txt, constraints-oldest.txt, or torch alone.
 Exit status 1 and one line per fault otherwise. Imports nothing but the standard library.
 """
 
@@ -40,7 +40,7 @@ def all_pinned(text: str) -> list[str]:
 def faults(constraints: str, installed: Callable[[str], str], *, newest: bool = False) -> list[str]:
     """What is wrong with the installation, one line each.
 
-    Packages that are pinned and not installed are no fault, but for torch and BackPACK: extras may be left out.
+    A pinned package that is not installed is a fault for torch and BackPACK alone: extras may be left out.
 
     Args:
         constraints: text of the constraints file.
@@ -85,7 +85,9 @@ def main() -> int:
     """Print the faults of this environment; 0 when there are none."""
     kind = sys.argv[1] if len(sys.argv) > 1 else "pinned"
     if kind not in FILES:
-        print(f"check_install: {kind!r} is no kind of environment, choose {', '.join(FILES)}", file=sys.stderr)
+        print(
+            f"check_install: {kind!r} is no kind of environment, choose {', '.join(FILES)}", file=sys.stderr
+        )
         return 1
     found = faults(FILES[kind].read_text(encoding="utf-8"), version, newest=kind == "newest")
     for line in found:

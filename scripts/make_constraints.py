@@ -1,9 +1,9 @@
-"""Write constraints.txt and constraints-oldest.txt: every package of the environment, with the version to take.
+"""Write constraints.txt and constraints-oldest.txt: every package of the environment, with its version.
 
-Run it by ``make constraints``, with the oldest supported Python and an index of packages within reach. Nothing
-is installed: pip resolves what the extras need and reports it. What the head of constraints.txt pins by hand
-stays; below it, what pip found takes the place of what stood there. constraints-oldest.txt pins what
-pyproject.toml names as the lowest versions, and whatever goes with them.
+Run it by ``make constraints``, with the oldest supported Python and an index of packages within reach.
+Nothing is installed: pip resolves what the extras need and reports it. What the head of constraints.txt
+pins by hand stays; below it, what pip found takes the place of what stood there. constraints-oldest.txt
+pins what pyproject.toml names as the lowest versions, and whatever goes with them.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "# ---- below: written by `make constraints` ----\n"
 OLDEST = """\
-# The lowest version that pyproject.toml admits of every dependency, and what goes with it: `make test-oldest`.
-# Written by `make constraints`.
+# The lowest version that pyproject.toml admits of every dependency, and what goes with it.
+# Written by `make constraints`, tried by `make test-oldest`.
 """
 # "backpack" is installed without its dependencies, which include torchvision.
 EXTRAS = ("dev", "docs", "peft", "datasets")
@@ -54,7 +54,9 @@ def lowest(project: dict[str, Any]) -> dict[str, str]:
     for requirement in [*project["dependencies"], *extras["peft"], *extras["datasets"]]:
         match = re.match(r"([\w.-]+)>=([\w.]+)", requirement)
         if match is None:
-            raise ValueError(f"pyproject.toml names no lowest version in {requirement!r}: write name>=version")
+            raise ValueError(
+                f"pyproject.toml names no lowest version in {requirement!r}: write name>=version"
+            )
         found[canonical(match[1])] = match[2]
     return found
 
@@ -100,8 +102,11 @@ def main() -> int:
     minimum = project["requires-python"].removeprefix(">=")
     running = f"{sys.version_info.major}.{sys.version_info.minor}"
     if running != minimum:
-        print(f"make_constraints: resolve with Python {minimum}, the oldest supported one, not {running}, "
-              f"so that every pin exists there: make constraints PYTHON=python{minimum}", file=sys.stderr)
+        print(
+            f"make_constraints: resolve with Python {minimum}, the oldest supported one, not {running}, "
+            f"so that every pin exists there: make constraints PYTHON=python{minimum}",
+            file=sys.stderr,
+        )
         return 1
     path = ROOT / "constraints.txt"
     before = path.read_text(encoding="utf-8")

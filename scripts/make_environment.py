@@ -1,8 +1,9 @@
-"""Make a virtual environment with this project in it: ``make_environment.py DIRECTORY [pinned | oldest | newest]``.
+"""Make a virtual environment with this project in it.
 
-pinned takes what constraints.txt says, oldest what constraints-oldest.txt says, newest the newest release of
-everything but torch, also beyond the upper bounds in pyproject.toml. Needs nothing but Python. The directory is
-made anew, so that nothing of an earlier environment stays; one that this script did not make is left alone.
+``make_environment.py DIRECTORY [pinned | oldest | newest]``: what constraints.txt says, what constraints-
+oldest.txt says, or the newest release of everything but torch, also beyond the upper bounds in
+pyproject.toml. Needs nothing but Python. The directory is made anew, so that nothing of an earlier
+environment stays; one that this script did not make is left alone.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ GIGABYTES = 3.0  # 2.1 installed, and what pip unpacks meanwhile; a CUDA build o
 GIGABYTE = 1e9
 
 
-class Failed(Exception):
+class InstallError(Exception):
     """The environment could not be made; the message says why and what to do."""
 
 
@@ -41,18 +42,18 @@ def check_directory(path: Path) -> None:
     """Refuse a directory that holds something else, or a disk that is too small.
 
     Raises:
-        Failed: it is not an environment that was made here, or less than 3 GB are free.
+        InstallError: it is not an environment that was made here, or less than 3 GB are free.
     """
     ours = (path / MARK).exists() or (path / ".installed").exists()
     if path.exists() and not ours and any(path.iterdir()):
-        raise Failed(
+        raise InstallError(
             f"{path} is there and was not made by make, which would delete what is in it: "
             f"move it away, or choose another directory (make VENV=other-directory)"
         )
     size = sum(f.lstat().st_size for f in path.rglob("*") if f.is_file()) / GIGABYTE if path.exists() else 0.0
     free = free_gigabytes(path.absolute()) + size
     if free < GIGABYTES:
-        raise Failed(
+        raise InstallError(
             f"the disk of {path} has {free:.1f} GB free and an environment takes {GIGABYTES:.0f}: free some, "
             f"or put the environment on another disk (make VENV=/other/disk/venv)"
         )
@@ -62,7 +63,7 @@ def make_empty(path: Path) -> Path:
     """A new virtual environment in place of an earlier one; returns its interpreter.
 
     Raises:
-        Failed: this Python cannot make virtual environments.
+        InstallError: this Python cannot make virtual environments.
     """
     if path.exists():
         shutil.rmtree(path)
@@ -73,7 +74,7 @@ def make_empty(path: Path) -> Path:
     )
     python = path / "bin" / "python"
     if made.returncode or not python.exists():
-        raise Failed(
+        raise InstallError(
             f"{sys.executable} cannot make virtual environments: {(made.stderr or made.stdout).strip()}\n"
             "on Debian and Ubuntu: apt-get install python3-venv; or name another interpreter: "
             "make PYTHON=/path/to/python3.12"
@@ -109,7 +110,7 @@ def commands(kind: str, constraints: str, pyproject: str) -> list[list[str]]:
     if kind == "newest":
         torch = re.search(r"^torch==[\w.]+", constraints, re.MULTILINE)
         if torch is None:
-            raise Failed("constraints.txt does not pin torch with ==: add the line torch==<version>")
+            raise InstallError("constraints.txt does not pin torch with ==: add the line torch==<version>")
         return [
             ["-U", *TOOLS],
             [torch[0], *(r for r in unbounded(pyproject) if not r.startswith("torch>"))],
@@ -130,17 +131,17 @@ def install(python: Path, arguments: list[str], path: Path) -> None:
     """One call of pip.
 
     Raises:
-        Failed: pip did; what it said stands before.
+        InstallError: pip did; what it said stands before.
     """
     command = [str(python), "-m", "pip", "install", "-qq", "--no-input", *arguments]
     if subprocess.run(command, cwd=ROOT, check=False).returncode == 0:
         return
     if free_gigabytes(path) < 0.5:
-        raise Failed(f"the disk of {path} is full: free some space and run the same command again")
-    raise Failed(
-        "pip could not install, and says why above. An index of packages must be within reach the first time: "
-        "where there is no network, or another index, set PIP_INDEX_URL, PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS, "
-        "and run the same command again"
+        raise InstallError(f"the disk of {path} is full: free some space and run the same command again")
+    raise InstallError(
+        "pip could not install, and says why above. An index of packages must be within reach the first "
+        "time: where there is no network, or another index, set PIP_INDEX_URL, PIP_EXTRA_INDEX_URL or "
+        "PIP_FIND_LINKS, and run the same command again"
     )
 
 
@@ -148,8 +149,11 @@ def make(path: Path, kind: str) -> None:
     """Make the environment and check it."""
     check_directory(path)
     began = time.monotonic()
-    print(f"installing into {path} ({kind}): 1 to 5 minutes and 2 GB, "
-          "or 7 GB where the index gives a CUDA build of torch", flush=True)
+    print(
+        f"installing into {path} ({kind}): 1 to 5 minutes and 2 GB, "
+        "or 7 GB where the index gives a CUDA build of torch",
+        flush=True,
+    )
     python = make_empty(path)
     constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
     pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
@@ -158,7 +162,7 @@ def make(path: Path, kind: str) -> None:
     (path / MARK).write_text(f"{kind}\n", encoding="utf-8")
     check = [str(python), str(ROOT / "scripts" / "check_install.py"), kind]
     if subprocess.run(check, check=False).returncode:
-        raise Failed("the environment is not what was asked for, as said above")
+        raise InstallError("the environment is not what was asked for, as said above")
     (path / ".installed").touch()
     print(f"installed in {time.monotonic() - began:.0f} s")
 
@@ -171,7 +175,7 @@ def main() -> int:
     chosen = parser.parse_args()
     try:
         make(chosen.directory, chosen.kind)
-    except Failed as error:
+    except InstallError as error:
         print(f"fisherscope: {error}", file=sys.stderr)
         return 1
     return 0

@@ -67,7 +67,7 @@ def test_backpack_is_installed_without_its_dependencies(script, version):
 
 @pytest.mark.parametrize("newest", [False, True])
 def test_every_pin_is_checked(script, newest):
-    """A package of another version is a fault, one that is not installed is none; of the newest, torch alone is pinned."""
+    """Another version is a fault, a missing package is none; of the newest, torch alone is pinned."""
     pins = PIN + "numpy==2.4.6\nmypy==2.4.1\npip==26.3\n"
     installed = environment(torch="2.13.0", numpy="2.5.0", pip="20.0", **BACKPACK)
     found = script.faults(pins, installed, newest=newest)
@@ -90,7 +90,9 @@ def test_this_environment(script):
 def test_the_constraints_are_complete(script, name):
     """Whatever an install of the package with its extras brings, transitively, is pinned to one version."""
     oldest = name != "constraints.txt"
-    pinned = {canonicalize_name(found) for found in script.all_pinned((ROOT / name).read_text(encoding="utf-8"))}
+    pinned = {
+        canonicalize_name(found) for found in script.all_pinned((ROOT / name).read_text(encoding="utf-8"))
+    }
     assert "torchvision" not in pinned
     assert {"pip", "hatchling", "editables", "pytest"} <= pinned
     mark = Path(sys.prefix) / ".made-by-fisherscope"
