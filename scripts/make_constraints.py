@@ -28,6 +28,8 @@ OLDEST = """\
 EXTRAS = ("dev", "docs", "peft", "datasets")
 # What builds and installs this package.
 TOOLS = ("pip", "hatchling", "editables")
+# What runs the tests, in the same version in both environments.
+RUNNERS = ("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "playwright")
 # Each is chosen by hand, with the reason, in the head of constraints.txt.
 BY_HAND = ("torch", "backpack-for-pytorch", "einops", "unfoldnd")
 
@@ -117,14 +119,10 @@ def main() -> int:
         python = Path(directory) / "bin" / "python"
         subprocess.run([str(python), "-m", "pip", "install", "-q", "-U", "pip"], check=True)
         newest = resolve(python, by_hand, [f".[{','.join(EXTRAS)}]", *TOOLS])
-        tools = {canonical(re.match(r"[\w.-]+", r)[0]): None for r in project["optional-dependencies"]["dev"]}
         low = lowest(project)
-        same = {name: version for name, version in newest.items() if name in {*TOOLS, *tools} - {*low}}
-        oldest = resolve(
-            python,
-            low | same | {"torch": by_hand["torch"]},
-            [*low, *same],
-        )
+        same = {name: newest[name] for name in (*TOOLS, *RUNNERS)}
+        extras = ",".join(extra for extra in EXTRAS if extra != "docs")
+        oldest = resolve(python, low | same | {"torch": by_hand["torch"]}, [f".[{extras}]", *TOOLS])
     written = {name: version for name, version in newest.items() if name not in by_hand}
     path.write_text(head + MARK + lines(written), encoding="utf-8")
     alone = {name: version for name, version in by_hand.items() if name in BY_HAND}

@@ -1,7 +1,7 @@
 """Make a virtual environment with this project in it.
 
-``make_environment.py DIRECTORY [pinned | oldest | newest]``: what constraints.txt says, what constraints-
-oldest.txt says, or the newest release of everything but torch, also beyond the upper bounds in
+``make_environment.py DIRECTORY [pinned | oldest | newest]``: what constraints.txt says,
+what constraints-oldest.txt says, or the newest release of everything but torch, also beyond the bounds in
 pyproject.toml. Needs nothing but Python. The directory is made anew, so that nothing of an earlier
 environment stays; one that this script did not make is left alone.
 """
