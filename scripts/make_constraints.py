@@ -26,6 +26,8 @@ OLDEST = """\
 """
 # "backpack" is installed without its dependencies, which include torchvision.
 EXTRAS = ("dev", "docs", "peft", "datasets")
+# Debian 12 has Python 3.11.2: what asks for a later patch release is not to be had there.
+PATCH = 2
 # What builds and installs this package.
 TOOLS = ("pip", "hatchling", "editables")
 # What runs the tests, in the same version in both environments.
@@ -67,12 +69,18 @@ def resolved(report: dict[str, Any]) -> dict[str, str]:
     """Versions in a report of pip, by canonical name, without this package and without the names of builds.
 
     Raises:
-        ValueError: torchvision is among them.
+        ValueError: torchvision is among them, or a package that needs a later Python 3.11 than Debian 12 has.
     """
     found = {}
     for item in report["install"]:
         name, version = canonical(item["metadata"]["name"]), item["metadata"]["version"]
         found[name] = version.partition("+")[0]
+        needs = re.search(r">=\s*3\.11\.(\d+)", item["metadata"].get("requires_python") or "")
+        if needs is not None and int(needs[1]) > PATCH:
+            raise ValueError(
+                f"{name} {version} needs Python 3.11.{needs[1]}, and Debian 12 has 3.11.{PATCH}: "
+                "pin an earlier version by hand in the head of constraints.txt"
+            )
     found.pop("fisherscope", None)
     if "torchvision" in found:
         raise ValueError(
