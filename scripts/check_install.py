@@ -1,5 +1,6 @@
-"""Check an installation: what constraints.txt pins has that version, and torchvision stayed out.
+"""Check an installation: what is pinned has that version, and torchvision stayed out.
 
+``check_install.py [pinned | oldest | newest]``: by constraints.txt, constraints-oldest.txt, or torch alone.
 Exit status 1 and one line per fault otherwise. Imports nothing but the standard library.
 """
 
@@ -12,7 +13,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 WITHOUT_DEPENDENCIES = ("backpack-for-pytorch", "einops", "unfoldNd")
-CONSTRAINTS = Path(__file__).resolve().parent.parent / "constraints.txt"
+ROOT = Path(__file__).resolve().parent.parent
+CONSTRAINTS = ROOT / "constraints.txt"
+FILES = {"pinned": CONSTRAINTS, "oldest": ROOT / "constraints-oldest.txt", "newest": CONSTRAINTS}
+# Installs the others, and is imported by none.
+UNCHECKED = ("pip",)
 
 
 def pinned(text: str, package: str) -> str:
@@ -21,18 +26,26 @@ def pinned(text: str, package: str) -> str:
     Raises:
         ValueError: the package is not pinned with ``==``.
     """
-    match = re.search(rf"^{re.escape(package)}==([\w.]+)\s*(?:#.*)?$", text, re.MULTILINE)
+    match = re.search(rf"^{re.escape(package)}==([\w.!]+)\s*(?:#.*)?$", text, re.MULTILINE)
     if match is None:
         raise ValueError(f"constraints.txt does not pin {package} with ==")
     return match.group(1)
 
 
-def faults(constraints: str, installed: Callable[[str], str]) -> list[str]:
+def all_pinned(text: str) -> list[str]:
+    """Names of the packages that a constraints file pins with ``==``, in its order."""
+    return re.findall(r"^([\w.-]+)==", text, re.MULTILINE)
+
+
+def faults(constraints: str, installed: Callable[[str], str], *, newest: bool = False) -> list[str]:
     """What is wrong with the installation, one line each.
+
+    A pinned package that is not installed is a fault for torch and BackPACK alone: extras may be left out.
 
     Args:
         constraints: text of the constraints file.
         installed: version of an installed package; raises ``PackageNotFoundError`` where there is none.
+        newest: only torch must have the version that is pinned.
     """
 
     def find(name: str) -> str | None:
@@ -53,8 +66,12 @@ def faults(constraints: str, installed: Callable[[str], str]) -> list[str]:
     without = f"`pip install -c constraints.txt --no-deps {' '.join(WITHOUT_DEPENDENCIES)}`"
     again = "make an environment anew (make clean-env) and install with `pip install -c constraints.txt`"
     found = differs("torch", again)
-    for package in WITHOUT_DEPENDENCIES:
+    for package in () if newest else WITHOUT_DEPENDENCIES:
         found += differs(package, without)
+    others = {*all_pinned(constraints)} - {"torch", *WITHOUT_DEPENDENCIES, *UNCHECKED}
+    for package in () if newest else sorted(others):
+        if find(package) is not None:
+            found += differs(package, again)
     torchvision = find("torchvision")
     if torchvision is not None:
         found.append(
@@ -66,7 +83,13 @@ def faults(constraints: str, installed: Callable[[str], str]) -> list[str]:
 
 def main() -> int:
     """Print the faults of this environment; 0 when there are none."""
-    found = faults(CONSTRAINTS.read_text(encoding="utf-8"), version)
+    kind = sys.argv[1] if len(sys.argv) > 1 else "pinned"
+    if kind not in FILES:
+        print(
+            f"check_install: {kind!r} is no kind of environment, choose {', '.join(FILES)}", file=sys.stderr
+        )
+        return 1
+    found = faults(FILES[kind].read_text(encoding="utf-8"), version, newest=kind == "newest")
     for line in found:
         print(f"check_install: {line}", file=sys.stderr)
     return 1 if found else 0

@@ -83,6 +83,7 @@ def test_peers(tmp_path):
     assert "differs from the loop" not in printed
 
 
+@pytest.mark.slow
 def test_memory(tmp_path):
     """Every pass is a process of its own, which has a peak."""
     out = tmp_path / "results.json"

@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "interference.py"
 
 
+@pytest.mark.slow
 def test_every_part_is_measured(tmp_path):
     """Ratios are positive numbers; those that have a bar are held against it."""
     out = tmp_path / "results.json"

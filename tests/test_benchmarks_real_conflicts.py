@@ -37,6 +37,7 @@ def results(real, tmp_path_factory):
     return {(row["setting"], row["variant"]): row for row in rows}
 
 
+@pytest.mark.slow
 def test_bars_are_kept(results):
     """Random halves stay within chance, half of the twins are called, and no pair of math against code."""
     assert [key for key, row in results.items() if not row["ok"]] == []
@@ -53,6 +54,7 @@ def test_bars_are_kept(results):
     assert len(bars) == 3 * 5 + 2
 
 
+@pytest.mark.slow
 def test_naive_tests_call_what_is_not_there(results):
     """Beside them, the tests that take directions for random call a share of pairs in random halves."""
     naive = {key[0]: row["ratio"] for key, row in results.items() if "cos sqrt(d)" in key[1]}

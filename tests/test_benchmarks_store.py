@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "store.py"
 
 
+@pytest.mark.slow
 def test_every_part_is_measured_against_its_bar(tmp_path):
     """Ratios are positive numbers, each with the bar that it is held against."""
     out = tmp_path / "results.json"

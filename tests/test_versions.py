@@ -1,9 +1,29 @@
-"""show_versions says what a bug report needs, and nothing about the machine's paths."""
+"""show_versions says what a bug report needs, without paths; there is one version everywhere."""
 
+import datetime as dt
+import re
+import tomllib
 from pathlib import Path
+
+import yaml
 
 import fisherscope
 from fisherscope.versions import show_versions
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_one_version_and_one_date():
+    """pyproject.toml, the package, CITATION.cff and the newest release in the changelog agree."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^## (.*)$", changelog, re.MULTILINE)
+    assert headings[0] == "[Unreleased]"
+    version, date = re.fullmatch(r"\[([\d.]+)\] - (\d{4}-\d\d-\d\d)", headings[1]).groups()
+    assert {project["version"], fisherscope.__version__, str(citation["version"])} == {version}
+    assert str(citation["date-released"]) == dt.date.fromisoformat(date).isoformat()
+    assert f"[{version}]: #" in changelog
 
 
 def test_as_dict():

@@ -357,7 +357,12 @@ def _mixed() -> nn.Module:
 
 def _injected() -> nn.Module:
     model = llama()
-    model.add_adapter(lora())
+    try:
+        model.add_adapter(lora())
+    except ValueError as error:
+        if "version of PEFT" not in str(error):
+            raise
+        pytest.skip(f"transformers {transformers.__version__} takes no peft {peft.__version__}: {error}")
     return model
 
 
@@ -428,8 +433,11 @@ def test_the_embedding_behind_an_adapter() -> None:
 
 @pytest.mark.parametrize("state", ["one adapter", "both active", "merged", "with copies"])
 def test_a_lora_model_is_collected(state: str, tmp_path: Path) -> None:
-    """Per-sample gradients of the adapters' matrices and of the frozen weights, against the loop."""
-    held, data = STATES[state](), models.rows(5)
+    """Per-sample gradients of the adapters' matrices and of the frozen weights, against the loop.
+
+    In float64: behind random adapters the loop in float32 itself is 1e-5 off, more or less by the processor.
+    """
+    held, data = STATES[state]().double(), models.rows(5)
     frozen = {name: parameter.requires_grad for name, parameter in held.named_parameters()}
     scope = fs.wrap(held, parameters="all")
     store = scope.collect({"a": data}, tmp_path / "run.fs", extensions=EXACT, batch_size=3, quiet=True)

@@ -67,6 +67,7 @@ def test_every_sample_and_every_analysis(made):
     assert "skipped" not in shown.stdout
 
 
+@pytest.mark.slow
 def test_again(made, run):
     """What is there is used: no shard is written, and the report is made anew."""
     path, _, _ = made

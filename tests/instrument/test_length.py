@@ -215,6 +215,7 @@ def test_padding_and_prompts_change_nothing(
         assert models.relative_error(values, alone) <= 1e-5, quantity
 
 
+@pytest.mark.slow
 def test_the_experiment_runs(tmp_path: Path) -> None:
     """Its smallest form finds a ratio of 1 and of T where they must be, and padding changes nothing."""
     out = tmp_path / "length.json"

@@ -48,7 +48,7 @@ def test_checkpointed_layers_see_no_cache(name: str, reentrant: bool, tmp_path: 
         assert models.relative_error(store.gradients("a", parameter), g, floor=floor) <= 1e-5, parameter
 
 
-@pytest.mark.parametrize("labels", ["data", "sampled"])
+@pytest.mark.parametrize("labels", [pytest.param("data", marks=pytest.mark.slow), "sampled"])
 def test_nothing_is_left_of_a_batch(labels: Any, tmp_path: Path) -> None:
     """Modules that are run again, too: there are as many tensors after twelve batches as after four."""
     model = models.build(models.named("mixtral"))
