@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from fisherscope.adapters.inputs import POSITIONS, first_output, probe_inputs
 from fisherscope.errors import AdapterError
 from fisherscope.instrument.batch_axes import (
     CallAxes,
-    CallShapes,
-    agree,
     axes_of_calls,
     sample_axis,
 )
-from fisherscope.instrument.forwards import Around, Forward, around
-from fisherscope.instrument.lookup import own_rows
+from fisherscope.instrument.forwards import Around, Forward
+from fisherscope.instrument.own_rows import OwnRows, bears_own_rows
 from fisherscope.instrument.reference import tracked
-from fisherscope.instrument.replay import is_replayable, without_caches
+from fisherscope.instrument.replay import is_replayable
 from fisherscope.instrument.rules import find_rule
+from fisherscope.instrument.small_runs import SAMPLES, SmallRuns
 
-_SAMPLES = (3, 2)  # of the small inputs: other numbers than that of their positions, and of one another
 _SHARED = "what it returns serves all samples at once"
 
 
@@ -67,7 +62,7 @@ def try_out(
     """
     watched = list(dict.fromkeys(m for owners in modules.values() for m in owners))
     try:
-        runs = _Runs(model, watched)
+        runs = SmallRuns(model, watched)
     except AdapterError:
         return Trial()
     seen = _Seen(model, runs, every_position)
@@ -94,93 +89,12 @@ def _numberless(name: str) -> str:
     return re.sub(r"\d+", "#", name)
 
 
-class _Runs:
-    """Forward passes of different samples: two numbers of them, without padding and with some."""
-
-    def __init__(self, model: nn.Module, watched: Sequence[nn.Module]) -> None:
-        """Run them, and note the shapes of every call of the watched modules.
-
-        Raises:
-            AdapterError: the model does not run on a small input.
-        """
-        self.model = model
-        self.watched = watched
-        self.calls: list[dict[nn.Module, list[CallShapes]]] = []
-        self.plain = self._run(small_batch(model, _SAMPLES[0]))
-        self._run(small_batch(model, _SAMPLES[1]))
-        if any(find_rule(module) is None for module in watched):
-            # masks are not made where nothing is padded
-            try:
-                for n in _SAMPLES:
-                    self._run(small_batch(model, n, padded=True))
-            except AdapterError:
-                self.calls = self.calls[:2]
-
-    def _run(self, inputs: dict[str, Any]) -> Tensor:
-        calls: dict[nn.Module, list[CallShapes]] = defaultdict(list)
-
-        def watch(module: nn.Module) -> Around:
-            def call(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                output = forward(*args, **kwargs)
-                calls[module].append(CallShapes.of(*without_caches(args, kwargs), output))
-                return output
-
-            return call
-
-        with ExitStack() as stack:
-            for module in self.watched:
-                stack.enter_context(around(module, watch(module)))
-            with torch.no_grad():
-                found = first_output(self.model, inputs)
-        self.calls.append(dict(calls))
-        return found
-
-    @property
-    def called(self) -> set[nn.Module]:
-        """Modules that were called."""
-        return {module for calls in self.calls for module in calls}
-
-    def pairs(self, module: nn.Module) -> list[tuple[list[CallShapes], list[CallShapes]]]:
-        """The calls of a module with the first number of samples and with the second, run by run."""
-        return [
-            (first.get(module, []), second.get(module, []))
-            for first, second in zip(self.calls[::2], self.calls[1::2], strict=True)
-        ]
-
-    def again(self, calls: Mapping[nn.Module, Around]) -> Tensor | None:
-        """What the first input gives with these calls around the forwards of modules; None if nothing."""
-        with ExitStack() as stack:
-            for module, call in calls.items():
-                stack.enter_context(around(module, call))
-            try:
-                with torch.no_grad():
-                    return first_output(self.model, small_batch(self.model, _SAMPLES[0]))
-            except AdapterError:
-                return None
-
-
-def small_batch(model: nn.Module, n: int, *, padded: bool = False) -> dict[str, Any]:
-    """Keyword arguments of a forward pass of ``n`` different small samples.
-
-    Raises:
-        AdapterError: the model takes neither token ids nor images, or, ``padded``, no mask.
-    """
-    rows = [probe_inputs(model, 1, seed=seed) for seed in range(n)]
-    inputs = {
-        key: torch.cat([row[key] for row in rows]) if isinstance(value, Tensor) else value
-        for key, value in rows[0].items()
-    }
-    if padded:
-        if "attention_mask" not in inputs:
-            raise AdapterError(f"{type(model).__name__} takes no attention mask")
-        inputs["attention_mask"][1, -2:] = 0
-    return inputs
-
-
 class _Seen:
     """What the runs tell of each watched module."""
 
-    def __init__(self, model: nn.Module, runs: _Runs, every_position: Collection[nn.Module] | None) -> None:
+    def __init__(
+        self, model: nn.Module, runs: SmallRuns, every_position: Collection[nn.Module] | None
+    ) -> None:
         self._every_position = every_position
         self.mixing: set[nn.Module] = set()
         self.in_order: set[nn.Module] = set()
@@ -193,7 +107,7 @@ class _Seen:
                 continue
             rule = find_rule(module)
             if rule is None:
-                axes = axes_of_calls(runs.pairs(module), _SAMPLES)
+                axes = axes_of_calls(runs.pairs(module), SAMPLES)
                 if axes is None:
                     self.not_replayable.add(module)
                 else:
@@ -206,7 +120,7 @@ class _Seen:
         self._try_replays(runs)
         self._try_own_rows(model, runs, serving)
 
-    def _look_at_layer(self, module: nn.Module, runs: _Runs) -> None:
+    def _look_at_layer(self, module: nn.Module, runs: SmallRuns) -> None:
         """Whether a layer's input has samples along its first axis."""
         for first, second in runs.pairs(module):
             if len(first) != len(second):
@@ -219,16 +133,16 @@ class _Seen:
 
     def _look_at_input(self, module: nn.Module, one: tuple[int, ...], other: tuple[int, ...]) -> None:
         rows = (one[:1], other[:1])
-        if rows == ((_SAMPLES[0],), (_SAMPLES[1],)):
+        if rows == ((SAMPLES[0],), (SAMPLES[1],)):
             if len(one) > 2:
                 self.in_order.add(module)
             return
-        flat = tuple((n * POSITIONS,) for n in _SAMPLES)
+        flat = tuple((n * POSITIONS,) for n in SAMPLES)
         may_be_flat = self._every_position is None or module in self._every_position
         if not (may_be_flat and len(one) == 2 and rows == flat):
             self.mixing.add(module)
 
-    def _look_at_lookup(self, module: nn.Module, runs: _Runs) -> bool:
+    def _look_at_lookup(self, module: nn.Module, runs: SmallRuns) -> bool:
         """Whether one lookup serves all samples; where ids have another form, they mix samples."""
         serves = False
         for first, second in runs.pairs(module):
@@ -236,9 +150,9 @@ class _Seen:
                 given = next(zip(one.inputs.values(), other.inputs.values(), strict=False), None)
                 if given is None:
                     continue
-                axis = sample_axis(*given, _SAMPLES)
+                axis = sample_axis(*given, SAMPLES)
                 shape = given[0]
-                if axis == 0 and len(shape) == 2 and shape[0] == _SAMPLES[0]:
+                if axis == 0 and len(shape) == 2 and shape[0] == SAMPLES[0]:
                     self.in_order.add(module)
                 elif axis is None and (len(shape) == 1 or (len(shape) == 2 and shape[0] == 1)):
                     serves = True
@@ -246,7 +160,7 @@ class _Seen:
                     self.mixing.add(module)
         return serves
 
-    def _try_replays(self, runs: _Runs) -> None:
+    def _try_replays(self, runs: SmallRuns) -> None:
         """Run the calls of modules without a rule again, sample by sample, and compare."""
         silent = [False]
 
@@ -257,7 +171,7 @@ class _Seen:
                     silent[0] = True
                     try:
                         axes = self.replayable[module]
-                        if not is_replayable(module, forward, args, kwargs, output, axes, _SAMPLES[0]):
+                        if not is_replayable(module, forward, args, kwargs, output, axes, SAMPLES[0]):
                             del self.replayable[module]
                             self.not_replayable.add(module)
                     finally:
@@ -269,7 +183,7 @@ class _Seen:
         if self.replayable:
             runs.again({module: watch(module) for module in list(self.replayable)})
 
-    def _try_own_rows(self, model: nn.Module, runs: _Runs, serving: Sequence[nn.Module]) -> None:
+    def _try_own_rows(self, model: nn.Module, runs: SmallRuns, serving: Sequence[nn.Module]) -> None:
         """Give every sample rows of its own where the samples share an output; not every model bears that."""
         makers: dict[nn.Module, OwnRows] = dict.fromkeys(serving, OwnRows())
         for module, axes in self.replayable.items():
@@ -278,58 +192,13 @@ class _Seen:
         paths = {module: _numberless(path) for path, module in model.named_modules()}
         for path in dict.fromkeys(paths[module] for module in makers):
             alike = {module: maker for module, maker in makers.items() if paths[module] == path}
-            if not _bears_own_rows(runs, alike):
+            if not bears_own_rows(runs, alike):
                 self.shared.update(alike)
                 self.not_replayable.update(self.replayable.keys() & alike.keys())
 
     def looks_at_rows(self, owners: Sequence[nn.Module]) -> bool:
         """Whether a layer was given rows that may be any samples' positions, or was not called at all."""
         return not self.mixing.isdisjoint(owners) or self.in_order.isdisjoint(owners)
-
-
-@dataclass(frozen=True)
-class OwnRows:
-    """Stands around a module whose output all samples share, and gives each sample rows of its own.
-
-    Attributes:
-        axes: of a module without a rule; None for a lookup.
-        changed: add something to the last sample's rows.
-    """
-
-    axes: CallAxes | None = None
-    changed: bool = False
-
-    def __call__(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One call of the module."""
-        output = forward(*args, **kwargs)
-        if self.axes is None:
-            return self._last_changed(own_rows(output, _SAMPLES[0]))
-        known = self.axes.outputs
-
-        def expanded(place: Any, value: Any) -> Any:
-            if not isinstance(value, Tensor) or known.get(pytree.keystr(place), 0) is not None:
-                return value
-            return self._last_changed(value.expand(_SAMPLES[0], *value.shape[1:]))
-
-        return pytree.tree_map_with_path(expanded, output)
-
-    def _last_changed(self, rows: Tensor) -> Tensor:
-        if not self.changed or not rows.is_floating_point():
-            return rows
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(rows.shape[1:], generator=generator, dtype=torch.float32, device="cpu")
-        rows = rows.clone()
-        rows[-1] += noise.to(rows)
-        return rows
-
-
-def _bears_own_rows(runs: _Runs, makers: Mapping[nn.Module, OwnRows]) -> bool:
-    """Whether nothing changes with rows for each sample, and each sample uses its own and no other's."""
-    same = runs.again(makers)
-    other = runs.again({module: replace(maker, changed=True) for module, maker in makers.items()})
-    if same is None or other is None or not agree(same, runs.plain):
-        return False
-    return agree(other[:-1], runs.plain[:-1]) and not torch.equal(other[-1], same[-1])
 
 
 def _with_gradient(model: nn.Module, names: Sequence[str]) -> list[str]:
