@@ -34,8 +34,8 @@ def refuse_wrong_images(task: str, samples: Sequence[Sample], model: nn.Module) 
     except AdapterError as error:
         raise DataError(
             f"sample {task}_0 (row 0 of task {task!r}): an image of shape {tuple(pixels.shape)}, and "
-            f"{type(model).__name__} wants {expected} (channels, height, width): resize it as the model's image "
-            f"processor does ({error.__cause__ or error})"
+            f"{type(model).__name__} wants {expected} (channels, height, width): resize it as the model's "
+            f"image processor does ({error.__cause__ or error})"
         ) from error
 
 
@@ -48,8 +48,8 @@ def _expected(config: Any) -> tuple[int, ...] | None:
 def refuse_misread_padding(tasks: Mapping[str, Sequence[Sample]], model: nn.Module, pad_id: int) -> None:
     """Refuse batches for a head that takes padding for text.
 
-    Decoders read the class off the last token that is not ``config.pad_token_id``. Where the vocabulary has no
-    such id, padding is done with another, which such a head does not know.
+    Decoders read the class off the last token that is not ``config.pad_token_id``. Where the vocabulary has
+    no such id, padding is done with another, which such a head does not know.
 
     Raises:
         DataError: rows differ in length, and a small sample does not give the same once it is padded.
@@ -70,9 +70,9 @@ def refuse_misread_padding(tasks: Mapping[str, Sequence[Sample]], model: nn.Modu
     if torch.allclose(alone, padded, rtol=1e-3, atol=1e-3 * float(alone.abs().max())):
         return
     raise DataError(
-        f"{type(model).__name__} tells text from padding by config.pad_token_id={wanted!r}, which is no id of its "
-        f"vocabulary, so that rows cannot be padded to one length: call model.resize_token_embeddings, set "
-        "model.config.pad_token_id to an id that no text holds, or use batch_size=1"
+        f"{type(model).__name__} tells text from padding by config.pad_token_id={wanted!r}, which is no "
+        f"id of its vocabulary, so rows cannot be padded to one length: call "
+        "model.resize_token_embeddings, set model.config.pad_token_id to an id that no text holds, or use batch_size=1"
     )
 
 

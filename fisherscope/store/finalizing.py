@@ -22,6 +22,7 @@ from fisherscope.store import journal
 from fisherscope.store.commits import Commits
 from fisherscope.store.dtypes import stored_type, to_raw
 from fisherscope.store.ledger import latest
+from fisherscope.store.lifecycle import store_path
 from fisherscope.store.mapped import MappedShard
 from fisherscope.store.plan import SegmentPlan
 from fisherscope.store.progressions import pack, unpack
@@ -67,7 +68,7 @@ def finalize(path: str | Path) -> Finalized:
         StoreFullError: the disk cannot hold a merged shard beside the ones it replaces; those stay.
         CorruptStoreError: something that is to be merged is damaged; it stays as it is.
     """
-    root = Path(path)
+    root = store_path(path)
     before = _sizes(open_store(root))
     header = open_store(root).header
     with ExitStack() as stack:

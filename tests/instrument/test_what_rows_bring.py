@@ -163,8 +163,7 @@ class NoLogits(transformers.LlamaForCausalLM):
 def test_outputs_without_logits(tmp_path: Path) -> None:
     """One sentence says what is missing and what is there."""
     with pytest.raises(FisherscopeError, match=r"without logits \(it holds \['scores'\]"):
-        rows = [{"input_ids": [5, 6, 7]}] * 2
-        fs.wrap(llama(NoLogits)).collect({"a": rows}, tmp_path / "run.fs", quiet=True)
+        fs.wrap(llama(NoLogits)).collect({"a": [[5, 6, 7], [5, 6]]}, tmp_path / "run.fs", quiet=True)
 
 
 def padded(rows: list[dict[str, Any]], size: int, fill: int) -> Any:
@@ -202,8 +201,8 @@ def test_decoder_masks_and_inputs(tmp_path: Path) -> None:
     store = fs.wrap(t5()).collect({"a": [row, other]}, tmp_path / "run.fs", quiet=True)
     # a pad id between others is a target
     assert list(store.samples("a")["tokens"]) == [3, 5]
+    wrong = {**row, "decoder_input_ids": [0, 8, 8, 1, 0][:4]}
     with pytest.raises(DataError, match=r"a_0.*decoder_input_ids"):
-        wrong = {**row, "decoder_input_ids": [0, 8, 8, 1]}
         fs.wrap(t5()).collect({"a": [wrong]}, tmp_path / "no.fs", quiet=True)
 
 

@@ -1,8 +1,9 @@
-"""Rows in the forms of other libraries, as dicts: pandas rows, named tuples, dataclasses, records of numpy."""
+"""Rows in the forms of other libraries, as dicts: of pandas, named tuples, dataclasses, records."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -57,5 +58,4 @@ def _without_missing(row: Mapping[Any, Any]) -> dict[Any, Any]:
 def _is_missing(value: Any) -> bool:
     if value is None or type(value).__name__ in {"NAType", "NaTType"}:
         return True
-    # NaN alone differs from itself
-    return isinstance(value, float) and value != value
+    return isinstance(value, float) and math.isnan(value)

@@ -11,8 +11,8 @@ from typing import Any, Literal
 from fisherscope.errors import DataError
 from fisherscope.instrument.data.next_token import encode_next_token
 from fisherscope.instrument.data.place import Encoded, Place
-from fisherscope.instrument.data.reading import Encoder, Reading
 from fisherscope.instrument.data.reaching import CheckRow, without_needless_types
+from fisherscope.instrument.data.reading import Encoder, Reading
 from fisherscope.instrument.data.rows import walk
 from fisherscope.instrument.data.sample import IGNORED, Labelling, Sample
 from fisherscope.instrument.data.text import check_encodable

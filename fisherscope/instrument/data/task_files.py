@@ -40,7 +40,7 @@ def read_task_file(path: str | Path) -> list[dict[str, Any]]:
         raise DataError(f"{path}: a link to {path.readlink()}, which does not exist; mend the link")
     if path.suffix.lower() in _TABLES and path.exists():
         raise DataError(
-            f"{path}: a table, whose columns have no types; read it with pandas and pass the frame as the task, "
+            f"{path}: a table, whose columns have no types; read it with pandas and pass the frame, "
             'or write JSON lines with frame.to_json(path, orient="records", lines=True)'
         )
     try:
@@ -85,7 +85,7 @@ def _parquet(path: Path) -> list[dict[str, Any]]:
         frame = pd.read_parquet(path)
     except ImportError:
         raise DataError(
-            f"{path}: a parquet file, which pandas reads with pyarrow only: install it (pip install pyarrow), "
+            f"{path}: a parquet file, which pandas reads with pyarrow: install it (pip install pyarrow), "
             "or give JSON lines"
         ) from None
     except Exception as error:  # each engine raises what it likes

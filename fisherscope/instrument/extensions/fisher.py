@@ -14,6 +14,7 @@ from fisherscope.instrument.emission import Emission, Sinks
 from fisherscope.instrument.extensions.base import Collector, Context, Extension
 from fisherscope.instrument.extensions.labelled_fisher import LabelledFisherCollector
 from fisherscope.instrument.extensions.registry import register_extension
+from fisherscope.instrument.plain import plain_fields
 from fisherscope.linalg.normalization import NORMALIZATIONS, Normalization
 from fisherscope.store import SegmentWriter
 
@@ -42,6 +43,7 @@ class Fisher(Extension):
     normalization: Normalization = "per_token"
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         if self.shape not in {"full", "groups"}:
             raise ValueError(f"Fisher(shape={self.shape!r}): use 'full' or 'groups'")
         if self.normalization not in NORMALIZATIONS:

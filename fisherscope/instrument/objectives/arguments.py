@@ -1,4 +1,4 @@
-"""What the forward methods of models take: what their signatures say, and what a trial call says where not."""
+"""What the forward methods of models take: their signatures say it, or a trial call."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fisherscope.adapters.inputs import first_output, probe_inputs
 from fisherscope.errors import AdapterError
 from fisherscope.instrument.batch import Batch
 
-# what was found out by trial calls: one that is made while hooks wait for a batch would be taken for a part of it
+# what was found out by trial calls: while hooks wait for a batch, one would be taken for a part of it
 _tried: WeakKeyDictionary[nn.Module, dict[tuple[str, int], bool]] = WeakKeyDictionary()
 _OWN = ("use_cache", "position_ids", "token_type_ids")
 

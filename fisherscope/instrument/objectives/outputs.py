@@ -33,7 +33,7 @@ def logits_of(model: nn.Module, output: Any) -> Tensor:
     else:
         holds = "it has no attribute of that name"
     raise FisherscopeError(
-        f"{type(model).__name__}.forward returns a {type(output).__name__} without logits ({holds}): return a "
-        'tensor of logits, a dict with "logits", or a tuple that begins with them, or pass '
+        f"{type(model).__name__}.forward returns a {type(output).__name__} without logits ({holds}): return "
+        'a tensor of logits, a dict with "logits", or a tuple that begins with them, or pass '
         "objective=loss(model, batch)"
     )
