@@ -70,8 +70,8 @@ def refuse_misread_padding(tasks: Mapping[str, Sequence[Sample]], model: nn.Modu
     if torch.allclose(alone, padded, rtol=1e-3, atol=1e-3 * float(alone.abs().max())):
         return
     raise DataError(
-        f"{type(model).__name__} tells text from padding by config.pad_token_id={wanted!r}, which is no id of "
-        "its vocabulary, so rows cannot be padded to one length: call model.resize_token_embeddings, "
+        f"{type(model).__name__} tells text from padding by config.pad_token_id={wanted!r}, which is no id "
+        "of its vocabulary, so rows cannot be padded to one length: call model.resize_token_embeddings, "
         "set model.config.pad_token_id to an id that no text holds, or use batch_size=1"
     )
 
