@@ -26,13 +26,18 @@ def run_small(model: nn.Module, rows: int, seed: int) -> None:
         _run(model, inputs)
 
 
-def first_output(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+def first_output(model: nn.Module, inputs: dict[str, Any], *, exactly: bool = False) -> Tensor:
     """The first tensor that a model returns: logits or hidden states.
+
+    Args:
+        model: the model.
+        inputs: keyword arguments of its forward pass.
+        exactly: pass all of them; otherwise ``use_cache`` is left out for a model that does not take it.
 
     Raises:
         AdapterError: it does not run on these inputs, or returns no tensor of floating point.
     """
-    output = _run(model, inputs)
+    output = _run(model, inputs, exactly=exactly)
     values = output.values() if isinstance(output, dict) else output
     for value in [values] if isinstance(values, Tensor) else values:
         if isinstance(value, Tensor) and value.is_floating_point():
@@ -40,13 +45,19 @@ def first_output(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     raise AdapterError(f"{type(model).__name__} returns no tensor")
 
 
-def _run(model: nn.Module, inputs: dict[str, Any]) -> Any:
+def _run(model: nn.Module, inputs: dict[str, Any], *, exactly: bool = False) -> Any:
     """A forward pass in evaluation mode; every module's own mode is restored."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with uncompiled(model):
-            return model(**inputs)
+            try:
+                return model(**inputs)
+            except TypeError:
+                # a forward of the user's own need not take it, whatever the config has
+                if exactly or "use_cache" not in inputs:
+                    raise
+            return model(**{name: value for name, value in inputs.items() if name != "use_cache"})
     except AdapterError:
         raise
     except Exception as error:

@@ -36,9 +36,9 @@ def open_scope(
     """
     instrumented = parse_parameters(parameters, ("attention", "linear", "all"), "--parameters")
     # the files first: a bad line should not have to wait for the model
-    from fisherscope.instrument.data import read_jsonl
+    from fisherscope.instrument.data import read_task_file
 
-    rows: dict[str, Any] = {name: read_jsonl(file) for name, file in files.items()}
+    rows: dict[str, Any] = {name: read_task_file(file) for name, file in files.items()}
     if not quiet:
         note(f"loading {model}")
     network = load_model(

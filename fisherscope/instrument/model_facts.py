@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any, Literal
 
 import torch
@@ -58,12 +59,19 @@ class ModelFacts:
         return None
 
     def pad_id(self) -> int:
-        """Any id serves: pads are masked and bear no loss. A tokenizer without pad token is no problem."""
+        """Any id of the vocabulary serves: pads are masked and bear no loss.
+
+        A tokenizer without pad token is no problem, nor is a pad token that was added to it without a row in
+        the model's table of embeddings.
+        """
         # some heads look for the pad id of the config to tell text from padding
         for source in (self.model.config, self.tokenizer):
-            pad = getattr(source, "pad_token_id", None)
-            if isinstance(pad, int) and pad >= 0:
-                return pad
+            value = getattr(source, "pad_token_id", None)
+            for pad in value if isinstance(value, list | tuple) else (value,):
+                if hasattr(pad, "__index__") and 0 <= (known := operator.index(pad)) < (
+                    self.vocabulary or 1 << 62
+                ):
+                    return known
         return 0
 
     def pad_side(self, objective: Objective) -> Literal["left", "right"]:

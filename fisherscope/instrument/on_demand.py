@@ -98,6 +98,10 @@ def parse_ids(store: ContributionStore, ids: Iterable[str]) -> list[tuple[str, i
         ids = (ids,)
     found = []
     for name in ids:
+        if not isinstance(name, str):
+            raise KeyError(
+                f"{name!r} is no id of a sample: ids are texts such as '{store.tasks[0]}_3', of task and row"
+            )
         task, _, row = name.rpartition("_")
         if task not in store.tasks or not row.isdecimal() or int(row) >= store.n(task):
             raise KeyError(

@@ -17,6 +17,7 @@ from fisherscope.instrument.extensions import (
 )
 from fisherscope.instrument.memory import parse_bytes
 from fisherscope.instrument.objectives import Objective, Predict
+from fisherscope.instrument.plain import plain_fields
 
 _Kind = TypeVar("_Kind", bound=Extension)
 
@@ -48,6 +49,9 @@ class CollectOptions:
     quiet: bool = False
 
     def __post_init__(self) -> None:
+        plain_fields(self)
+        # torch.float32 and "float32" are one option
+        object.__setattr__(self, "compute_dtype", str(self.compute_dtype).removeprefix("torch."))
         for name in ("max_length", "max_samples"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Iterator
@@ -9,6 +10,20 @@ from contextlib import contextmanager
 from typing import Protocol
 
 _SECONDS_BETWEEN_LINES = 10.0
+
+
+def say(text: str) -> None:
+    """Write to stderr; where there is none, or it takes nothing any more, say nothing: a run goes on."""
+    # None under pythonw; closed, a broken pipe, or an encoding without such characters
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        sys.stderr.write(text)
+
+
+def _is_terminal() -> bool:
+    try:
+        return sys.stderr.isatty()
+    except (AttributeError, ValueError):
+        return False
 
 
 class Progress(Protocol):
@@ -25,7 +40,7 @@ def progress(total: int, *, quiet: bool) -> Iterator[Progress]:
     if quiet:
         yield _Silent()
         return
-    if sys.stderr.isatty():
+    if _is_terminal():
         try:
             import rich.progress  # noqa: F401 - only to see whether it is there
         except ImportError:
@@ -66,7 +81,7 @@ class _Lines:
     def _say(self, task: str) -> None:
         rate = self._done / max(time.monotonic() - self._begun, 1e-9)
         left = (self._total - self._done) / max(rate, 1e-9)
-        sys.stderr.write(
+        say(
             f"collect {task}: {self._done}/{self._total} samples, {rate:.1f} samples/s, "
             f"{self._written / 2**20:.1f} MiB, {left:.0f} s left\n"
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -41,7 +40,7 @@ from fisherscope.instrument.on_demand import (
 from fisherscope.instrument.options import BatchSize, CollectOptions, ComputeDtype, Durability
 from fisherscope.instrument.planning import Planner, RunPlan
 from fisherscope.instrument.prepared import prepared
-from fisherscope.instrument.progress import progress
+from fisherscope.instrument.progress import progress, say
 from fisherscope.instrument.signals import stop_on_signals
 from fisherscope.instrument.squares import Sinks, measure
 from fisherscope.instrument.targets import ParameterChoice, select_targets
@@ -51,6 +50,7 @@ from fisherscope.instrument.trial_run import try_run
 from fisherscope.layout import GroupTable, ModelLayout, Partition
 from fisherscope.linalg import Dense
 from fisherscope.store import ContributionStore, StoreWriter, open_store
+from fisherscope.store.lifecycle import store_path
 
 if TYPE_CHECKING:
     from fisherscope.adapters.registry import Adapter, Verify
@@ -269,8 +269,8 @@ class Scope:
             check=check,
             quiet=quiet,
         )
-        path = Path(out)
         refuse_changed_gradients(self.model)
+        path = store_path(out)
         plan = self._planner.plan(tasks, options)
         header = self._planner.header(plan)
         refuse_if_disk_is_small(plan.estimate, path)
@@ -296,7 +296,7 @@ class Scope:
             stack.enter_context(random_state(options.seed, deterministic=options.deterministic))
             stack.enter_context(prepared(self.model))
             if not options.quiet:
-                sys.stderr.write(f"collect: {plan.estimate}; {plan.limits}\n")
+                say(f"collect: {plan.estimate}; {plan.limits}\n")
             count = sum(plan.share_rows(task) for task in plan.tasks)
             bar = stack.enter_context(progress(count, quiet=options.quiet))
             prober = self._planner.prober(options, plan.objective)

@@ -23,6 +23,7 @@ from fisherscope.store.aggregates import exponent_in, sums_in
 from fisherscope.store.commits import Commits
 from fisherscope.store.dtypes import to_raw
 from fisherscope.store.ledger import latest
+from fisherscope.store.lifecycle import store_path
 from fisherscope.store.mapped import MappedShard
 from fisherscope.store.names import unescape_path
 from fisherscope.store.plan import SegmentPlan
@@ -72,7 +73,7 @@ def finalize(path: str | Path) -> Finalized:
         StoreFullError: the disk cannot hold a merged shard beside the ones it replaces; those stay.
         CorruptStoreError: something that is to be merged is damaged; it stays as it is.
     """
-    root = Path(path)
+    root = store_path(path)
     before = _sizes(open_store(root))
     header = open_store(root).header
     with ExitStack() as stack:

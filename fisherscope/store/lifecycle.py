@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,26 @@ logger = logging.getLogger(__name__)
 _TMP_HEADER = f"{disk.TMP_PREFIX}{HEADER_FILE}"
 
 
+# what an operating system or a file server puts beside files, of which some never go away; hidden ones apart
+_STRAYS = frozenset({"thumbs.db", "desktop.ini", "lost+found", "$recycle.bin", "@eadir"})
+
+
+def store_path(path: str | Path) -> Path:
+    """The directory of a store that a user names, whole: it stays when the working directory changes.
+
+    Raises:
+        ValueError: the path is empty.
+    """
+    if not str(path):
+        raise ValueError("the path of a store is empty: name a directory, such as 'run.fs'")
+    return Path(path).expanduser().absolute()
+
+
+def is_stray(name: str) -> bool:
+    """Whether a file is nobody's work: hidden, or what systems leave in directories."""
+    return (name.startswith(".") and not name.startswith(disk.TMP_PREFIX)) or name.lower() in _STRAYS
+
+
 def tmp_prefix(rank: int) -> str:
     """How the names of a rank's temporary files start."""
     return f"{disk.TMP_PREFIX}r{rank:04d}-"
@@ -54,13 +75,17 @@ def create_or_check(
     content = encode_header(header)
     if root.exists() and not root.is_dir():
         raise StoreExistsError(f"{root} is a file: name a directory that does not exist yet")
+    if root.is_symlink() and not root.exists():
+        raise StoreExistsError(
+            f"{root} is a link to {root.readlink()}, which does not exist: mend or remove it"
+        )
     missing = [path for path in (root, *root.parents) if not path.exists()]
     # ranks that start together create the store once: the first under the directory's lock
     with _locked_root(root):
         names = set(os.listdir(root))  # noqa: PTH208
         created = HEADER_FILE not in names
         if created:
-            if others := sorted(names - {_TMP_HEADER}):
+            if others := sorted(n for n in names - {_TMP_HEADER} if not is_stray(n)):
                 raise StoreExistsError(
                     f"{root} is not empty and no fisherscope store (it holds {others[0]!r}): name another "
                     "directory"
@@ -112,6 +137,8 @@ def remove_if_empty(root: Path, rank: int) -> bool:
             return False
         committed = {line.record.get("shard") for line in lines}
         if any(not name.startswith(tmp_prefix(rank)) and name not in committed for name in shards):
+            return False
+        if any(is_stray(name) for name in os.listdir(root)):  # noqa: PTH208
             return False
         shutil.rmtree(root)
         return True
@@ -200,8 +227,10 @@ def remove_leftovers(root: Path, ledger: Ledger) -> None:
     """Remove the rank's temporary files, and its shards that no record commits (any more)."""
     kept = {shard.file for shard in ledger.shards()}
     unfinished = tmp_prefix(ledger.rank)
-    ours = (unfinished, f"r{ledger.rank:04d}-")
-    for directory, starts in (("", unfinished), (SHARD_DIRECTORY, ours), (KEYS_DIRECTORY, ours)):
+    # copies that a file server or an editor has put beside shards are not ours to remove
+    ours = re.compile(rf"r{ledger.rank:04d}-[0-9]{{6,}}\.h5")
+    for directory in ("", SHARD_DIRECTORY, KEYS_DIRECTORY):
         for name in sorted(os.listdir(root / directory)):  # noqa: PTH208
-            if name.startswith(starts) and name not in kept:
+            shard = directory == SHARD_DIRECTORY and ours.fullmatch(name)
+            if (shard or name.startswith(unfinished)) and name not in kept:
                 disk.unlink(root / directory / name)

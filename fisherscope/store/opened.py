@@ -12,6 +12,7 @@ from fisherscope.store import memory
 from fisherscope.store.gradient_plan import GradientPlan
 from fisherscope.store.index import TaskIndex, build_index
 from fisherscope.store.ledger import Ledger, read_ledgers
+from fisherscope.store.lifecycle import store_path
 from fisherscope.store.mapped import Checked, MappedShard
 from fisherscope.store.schema import StoreHeader, read_header
 from fisherscope.store.shard_record import ShardRecord
@@ -32,7 +33,7 @@ class OpenStore:
     header: StoreHeader
 
     def __init__(self, path: str | Path, memory_budget: int | str | None = None) -> None:
-        self.path = Path(path).absolute()
+        self.path = store_path(path)
         self._asked = memory_budget
         self.memory_budget = memory.budget_of(memory_budget)
         self.refresh()

@@ -15,6 +15,7 @@ from fisherscope.store.check_shard import check_shard
 from fisherscope.store.check_values import check_values
 from fisherscope.store.keys import KEYS_DIRECTORY
 from fisherscope.store.ledger import latest
+from fisherscope.store.lifecycle import store_path
 from fisherscope.store.schema import (
     HEADER_FILE,
     JOURNAL_DIRECTORY,
@@ -46,7 +47,7 @@ def verify(path: str | Path, quick: bool = False, *, progress: Progress | None =
     Raises:
         StoreFormatError: the directory is not a store, or one of another format version.
     """
-    root = Path(path).absolute()
+    root = store_path(path)
     # before the journals are read: what is there now they speak of then
     shards = _names(root / SHARD_DIRECTORY)
     header, digest, findings, nbytes = _check_header(root)

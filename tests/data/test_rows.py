@@ -136,7 +136,6 @@ def test_repetitions_have_their_own_keys(characters):
         ("math.jsonl", "a str, not rows; read a file with"),
         (datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}), r"keys \['train'\].*one split"),
         ({"text": ["a"]}, "a mapping with the keys"),
-        (datasets.Dataset.from_list(ROWS).to_pandas(), r"frame\.to_dict\('records'\)"),
         (3, "a int is no list of rows"),
         (None, "a NoneType is no list of rows"),
         ([[-100]], "input_ids hold -100"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,12 @@ class JsonlRow(dict[str, Any]):
         self.source = source
 
 
-def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+def read_jsonl(path: str | Path, lines: Iterable[bytes] | None = None) -> list[dict[str, Any]]:
     """Read a file of one JSON object per line; blank lines are skipped.
+
+    Args:
+        path: the file.
+        lines: its lines, where they do not stand in it as they are.
 
     Returns:
         The objects in file order. Each remembers its file and line, so that later errors can name them.
@@ -29,21 +34,31 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
         DataError: the file is missing, empty or unreadable, or a line is not UTF-8, not JSON, or not an
             object; the message names the file and the 1-based line.
     """
-    path = Path(path)
-    rows: list[dict[str, Any]] = []
+    path = Path(path).expanduser()
     try:
-        with path.open("rb") as handle:
-            for number, line in enumerate(handle, start=1):
-                raw = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
-                if raw.strip():
-                    source = f"{path}, line {number}"
-                    rows.append(JsonlRow(_parse(raw, source), source))
+        if lines is not None:
+            rows = _rows(path, lines)
+        else:
+            with path.open("rb") as handle:
+                rows = _rows(path, handle)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; a task is a file with one JSON object per line") from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); give a readable JSONL file") from error
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror or error}); give a readable JSONL file"
+        ) from error
     if not rows:
         raise DataError(f"{path}: the file holds no rows; write one JSON object per line")
+    return rows
+
+
+def _rows(path: Path, lines: Iterable[bytes]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        raw = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
+        if raw.strip():
+            source = f"{path}, line {number}"
+            rows.append(JsonlRow(_parse(raw, source), source))
     return rows
 
 

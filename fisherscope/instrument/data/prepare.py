@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from fisherscope.errors import DataError
 from fisherscope.instrument.data.next_token import encode_next_token
 from fisherscope.instrument.data.place import Encoded, Place
+from fisherscope.instrument.data.reaching import CheckRow, without_needless_types
 from fisherscope.instrument.data.reading import Encoder, Reading
 from fisherscope.instrument.data.rows import walk
 from fisherscope.instrument.data.sample import IGNORED, Labelling, Sample
+from fisherscope.instrument.data.text import check_encodable
 
 
 def prepare_task(
@@ -29,6 +32,8 @@ def prepare_task(
     vocab_size: int | None = None,
     classes: int | None = None,
     max_positions: int | None = None,
+    token_types: bool = True,
+    check: CheckRow | None = None,
 ) -> list[Sample]:
     """Turn the rows of a task into samples.
 
@@ -47,6 +52,8 @@ def prepare_task(
         vocab_size: number of token ids the model has; ids beyond it are refused.
         classes: number of classes that labels may name; by default labels are token ids.
         max_positions: the longest sequence the model takes; longer samples are refused.
+        token_types: whether the model takes token types; where not, those that tell texts apart are refused.
+        check: is shown every row, or batch of rows, before it is read.
 
     Returns:
         One sample per row, in row order, with keys that differ within the task.
@@ -61,12 +68,17 @@ def prepare_task(
         raise ValueError(f"max_samples must be at least 1, it is {max_samples}")
     limits = _Limits(max_length, vocab_size, max_positions, *_label_range(vocab_size, classes))
     reading = Reading(tokenizer, config, max_length, seed)
-    walked = [
-        (place, _sample(encode(row, reading, place), labelling, reading, place, limits))
-        for place, row in itertools.islice(walk(name, rows), max_samples)
-    ]
+    walked = []
+    for place, row in itertools.islice(walk(name, rows, check), max_samples):
+        encoded = encode(row, reading, place)
+        if not token_types:
+            encoded = without_needless_types(encoded, place)
+        walked.append((place, _sample(encoded, labelling, reading, place, limits)))
     if not walked:
-        raise DataError(f"task {name!r} is empty; give it at least one row, or leave it out")
+        used_up = (
+            "; an iterator gives its rows only once, so pass a list" if isinstance(rows, Iterator) else ""
+        )
+        raise DataError(f"task {name!r} is empty; give it at least one row, or leave it out{used_up}")
     _check_loss(name, walked)
     _check_images(walked)
     return _told_apart([sample for _, sample in walked])
@@ -97,6 +109,8 @@ def _sample(
     if not ids and encoded.pixels is None:
         raise place.error("the row has no tokens; remove it")
     _check_range("input_ids", ids, limits.vocabulary, "vocabulary", place)
+    if text is not None:
+        check_encodable(text, place)
     bearing = [label for label in labels if label != IGNORED]
     # the labels of classes that are not exclusive are 0 or 1, and as many as there are classes
     _check_range("labels", bearing, limits.labels, limits.kind, place)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from fisherscope.errors import DataError
+from fisherscope.instrument.data.forms import plain_row, rows_of_frame
 from fisherscope.instrument.data.place import Place
+from fisherscope.instrument.data.reaching import CheckRow
 from fisherscope.instrument.data.unlabelled import SECOND_TEXTS, TEXTS
 from fisherscope.instrument.data.whole_numbers import dimensions
 
@@ -17,19 +20,39 @@ ACCEPTED = (
     "and batches of those as a DataLoader yields them"
 )
 _TARGETS = ("label", "labels", "target", "ner_tags", "tags", "summary")
-_PER_SAMPLE = (*_TARGETS, "attention_mask", "position_ids", "token_type_ids")
+_PER_SAMPLE = (
+    *_TARGETS,
+    "attention_mask",
+    "position_ids",
+    "token_type_ids",
+    "decoder_attention_mask",
+    "decoder_input_ids",
+)
 _TEXTS = (*TEXTS, *SECOND_TEXTS, "completion")
 
 
-def walk(task: str, rows: Any) -> Iterator[tuple[Place, Any]]:
+# generators and other iterators that were read before, by identity: they have no rows left, or not the first
+_begun: WeakValueDictionary[int, Any] = WeakValueDictionary()
+
+
+def walk(task: str, rows: Any, check: CheckRow | None = None) -> Iterator[tuple[Place, Any]]:
     """Yield every row of a task with its place; batches are split into rows.
+
+    Args:
+        task: name of the task.
+        rows: as the user gives them.
+        check: is shown every item before it is split.
 
     Raises:
         DataError: the rows are no iterable of rows.
     """
     number = 0
-    for item in _iterable(task, rows):
-        place = Place(task, number, getattr(item, "source", None))
+    for given in _iterable(task, rows):
+        source = getattr(given, "source", None)
+        place = Place(task, number, source if isinstance(source, str) else None)
+        item = plain_row(given)
+        if check is not None:
+            check(item, place)
         for row in _split(item, place):
             yield Place(task, number, place.source), row
             number += 1
@@ -49,13 +72,30 @@ def _iterable(task: str, rows: Any) -> Iterable[Any]:
             f"task {task!r}: a mapping with the keys {_keys(rows)}, not rows; "
             "give a list of rows, or one split of a DatasetDict"
         )
-    if hasattr(rows, "to_dict") and hasattr(rows, "columns"):
-        raise DataError(f"task {task!r}: a {type(rows).__name__}; pass frame.to_dict('records') instead")
+    frame = rows_of_frame(rows)
+    if frame is not None:
+        return frame
     try:
         items: Iterable[Any] = iter(rows)
     except TypeError as error:
         raise DataError(f"task {task!r}: a {type(rows).__name__} is no list of rows; {ACCEPTED}") from error
+    # what has a length can be walked through again
+    if items is rows and not hasattr(rows, "__len__"):
+        _refuse_read_before(task, rows)
     return items
+
+
+def _refuse_read_before(task: str, rows: Any) -> None:
+    """An iterator gives its rows once: a second reading would find none, or begin somewhere in the middle."""
+    if _begun.get(id(rows)) is rows:
+        raise DataError(
+            f"task {task!r}: this {type(rows).__name__} was read before, by an estimate, an earlier call or "
+            "another task, and gives its rows only once: pass list(rows), or make a new one for every call"
+        )
+    try:
+        _begun[id(rows)] = rows
+    except TypeError:  # a map or zip: the empty task says what may have happened
+        return
 
 
 def _split(item: Any, place: Place) -> Iterator[Any]:

@@ -7,9 +7,9 @@ from typing import Any
 
 from fisherscope.instrument.data.place import Encoded, Place
 from fisherscope.instrument.data.reading import Reading
+from fisherscope.instrument.data.targets import target_ids
 from fisherscope.instrument.data.text import check_encodable
 from fisherscope.instrument.data.unlabelled import encode_unlabelled
-from fisherscope.instrument.data.whole_numbers import integers
 
 _TARGETS = ("labels", "target", "completion", "summary")
 
@@ -17,7 +17,8 @@ _TARGETS = ("labels", "target", "completion", "summary")
 def encode_sequence_pair(row: Any, reading: Reading, place: Place) -> Encoded:
     """``input_ids`` or ``text`` (also ``source`` or ``prompt``), and ``labels`` or ``target``.
 
-    A target is a text or ids, with the end of sequence that the tokenizer adds of itself.
+    A target is a text or ids, with the end of sequence that the tokenizer adds of itself; padding behind ids
+    is no part of it.
 
     Raises:
         DataError: one of them is missing or malformed.
@@ -33,7 +34,7 @@ def encode_sequence_pair(row: Any, reading: Reading, place: Place) -> Encoded:
         labels = [int(token) for token in tokenizer(text_target=target)["input_ids"]]
         text = None if source.text is None else f"{source.text}\n{target}"
     else:
-        labels, text = integers(target, key, place), source.text
+        labels, text = target_ids(row, key, reading, place), source.text
     if not labels:
         raise place.error("the target has no tokens; remove the row")
     return Encoded(source.input_ids, labels, text, source.token_types)

@@ -14,6 +14,7 @@ from fisherscope.instrument.extensions.base import Collector, Context, Extension
 from fisherscope.instrument.extensions.full_sums import FullSums
 from fisherscope.instrument.extensions.labelled_fisher import LabelledFisherCollector
 from fisherscope.instrument.extensions.registry import register_extension
+from fisherscope.instrument.plain import plain_fields
 from fisherscope.instrument.squares import Sinks
 from fisherscope.linalg.normalization import NORMALIZATIONS, Normalization
 from fisherscope.store import SegmentWriter
@@ -43,6 +44,7 @@ class Fisher(Extension):
     normalization: Normalization = "per_token"
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         if self.shape not in {"full", "groups"}:
             raise ValueError(f"Fisher(shape={self.shape!r}): use 'full' or 'groups'")
         if self.normalization not in NORMALIZATIONS:

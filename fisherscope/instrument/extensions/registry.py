@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from fisherscope.instrument.extensions.base import Extension
 from fisherscope.plugins import Plugins
@@ -32,17 +33,42 @@ def resolve_extensions(chosen: Sequence[str | Extension]) -> tuple[Extension, ..
         ValueError: an unknown name, or one quantity twice.
     """
     _plugins.load()
-    if isinstance(chosen, str):
-        chosen = (chosen,)
     found: dict[str, Extension] = {}
-    for item in chosen:
+    for item in _listed(chosen):
         if isinstance(item, str):
             if item not in _extensions:
                 raise ValueError(f"no extension {item!r}: there are {sorted(_extensions)}")
             extension: Extension = _extensions[item]()
-        else:
+        elif isinstance(item, type) and issubclass(item, Extension):
+            extension = _made(item)
+        elif isinstance(item, Extension):
             extension = item
+        else:
+            raise ValueError(  # noqa: TRY004 - as for a name that there is not
+                f"{item!r} is no extension: give a name, one of {sorted(_extensions)}, or an object such as "
+                "fisherscope.Fisher()"
+            )
         if extension.name in found:
             raise ValueError(f"extension {extension.name!r} is given twice")
         found[extension.name] = extension
     return tuple(found.values())
+
+
+def _listed(chosen: Any) -> Iterable[Any]:
+    """The choice as a list, of one where it is no list."""
+    if isinstance(chosen, str | Extension | type):
+        return (chosen,)
+    if isinstance(chosen, Iterable):
+        return chosen
+    message = f"extensions={chosen!r}: give a list of names or objects; () collects group values alone"
+    raise ValueError(message)  # as for every other option
+
+
+def _made(kind: type[Extension]) -> Extension:
+    """The extension with its default options, where the class stands for it."""
+    try:
+        return kind()
+    except TypeError as error:
+        raise ValueError(
+            f"extensions: {kind.__name__} is a class and needs options ({error}): pass an object"
+        ) from error

@@ -14,6 +14,7 @@ from fisherscope.instrument.emission import Emission
 from fisherscope.instrument.extensions.base import Collector, Context, Extension
 from fisherscope.instrument.extensions.factors import FactorWriter
 from fisherscope.instrument.extensions.registry import register_extension
+from fisherscope.instrument.plain import plain_fields
 from fisherscope.layout import ModelLayout
 from fisherscope.linalg import LowRank
 from fisherscope.linalg.rounding import rounded
@@ -53,6 +54,7 @@ class SampleGradients(Extension):
     max_samples: int | None = None
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         if not isinstance(self.parameters, str):
             patterns = tuple(self.parameters) if isinstance(self.parameters, Sequence) else ()
             if not patterns or not all(isinstance(pattern, str) for pattern in patterns):

@@ -86,6 +86,11 @@ class Objective:
     label_range: Literal["vocabulary", "classes"] = "vocabulary"
     is_drawn: bool = False
 
+    @property
+    def is_named(self) -> bool:
+        """Whether it is one of fisherscope's own, and not a function of the user's."""
+        return str(getattr(self.predict, "__module__", "")).startswith("fisherscope.instrument.objectives.")
+
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """Each sample's loss under the data's labels, ``[n]``, in nats."""
         found = self.predict(model, batch)

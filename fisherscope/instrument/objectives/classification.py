@@ -11,6 +11,7 @@ from fisherscope.errors import FisherscopeError
 from fisherscope.instrument.batch import Batch
 from fisherscope.instrument.objectives.arguments import text_inputs
 from fisherscope.instrument.objectives.base import Predictions, at_labels
+from fisherscope.instrument.objectives.outputs import logits_of
 
 
 def sequence_classification(model: nn.Module, batch: Batch) -> Predictions:
@@ -25,7 +26,7 @@ def sequence_classification(model: nn.Module, batch: Batch) -> Predictions:
             f"{type(model).__name__} reads the class off the last token that is no padding, and its config "
             "has no pad_token_id: set model.config.pad_token_id (the tokenizer's), or use batch_size=1"
         )
-    return _of_classes(model, model(**text_inputs(model, batch)).logits, batch.labels)
+    return _of_classes(model, logits_of(model, model(**text_inputs(model, batch))), batch.labels)
 
 
 def image_classification(model: nn.Module, batch: Batch) -> Predictions:
@@ -33,7 +34,7 @@ def image_classification(model: nn.Module, batch: Batch) -> Predictions:
     if batch.pixels is None:
         raise FisherscopeError('the samples are no images: give rows of "pixel_values" and "label"')
     pixels = batch.pixels.to(next(model.parameters()).dtype)
-    return _of_classes(model, model(pixel_values=pixels).logits, batch.labels)
+    return _of_classes(model, logits_of(model, model(pixel_values=pixels)), batch.labels)
 
 
 def _of_classes(model: nn.Module, logits: Tensor, labels: Tensor) -> Predictions:
