@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from fisherscope.errors import NonFiniteError
 
 _CHUNK = 1 << 24
-_DEEPEST = 8
+_EXTRA_STATE = "_extra_state"
+# of an image processor: what says where it came from, and not what it does
+_NAMES_OF_PROCESSORS = ("type", "class", "name", "version")
 
 
 def digest(values: Iterable[str]) -> str:
@@ -28,65 +30,110 @@ def digest(values: Iterable[str]) -> str:
 def weights_digest(model: nn.Module) -> str:
     """Hash of every parameter and buffer that the model saves: names, shapes, dtypes and bytes.
 
-    Other state that modules save beside them counts by its plain values.
+    Buffers may hold whatever their owner likes, -inf of a mask or NaN where nothing is read. What modules
+    save beside tensors (extra state) is no weight: a counter of calls may stand there, and
+    :mod:`~fisherscope.instrument.checking.probe` tells what it does.
 
     Raises:
-        NonFiniteError: a parameter is NaN or infinite; a buffer may be, as masks are.
+        NonFiniteError: a parameter is NaN or infinite.
     """
     sha = hashlib.sha256()
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, value in model.state_dict().items():
-        if not isinstance(value, Tensor):
-            sha.update(f"{name} {type(value).__qualname__} {plain_text(value)}\0".encode(errors="replace"))
+        if name.rpartition(".")[2] == _EXTRA_STATE:
             continue
-        sha.update(f"{name} {tuple(value.shape)} {value.dtype}\0".encode())
-        flat = _flat(value.detach())
-        for start in range(0, flat.numel(), _CHUNK):
-            piece = flat[start : start + _CHUNK]
-            is_broken = piece.is_floating_point() and not torch.isfinite(piece).all()
-            if name in parameters and is_broken:
-                raise NonFiniteError(
-                    f"weight {name!r} has NaN or infinite entries: no gradient of this model means anything; "
-                    "load another checkpoint or find what broke this one"
-                )
-            sha.update(_bytes(piece))
+        if isinstance(value, Tensor):
+            for piece in _pieces(name, value):
+                if isinstance(piece, Tensor):
+                    if name in parameters:
+                        _refuse_broken(name, piece)
+                    sha.update(_bytes(piece))
+                else:
+                    sha.update(piece)
+        else:
+            sha.update(f"{name} {plain_digest(value)}\0".encode())
     return sha.hexdigest()[:32]
 
 
-def _flat(tensor: Tensor) -> Tensor:
-    """The entries of a tensor of any layout, one after the other."""
+def tensor_digest(tensor: Tensor) -> str:
+    """Hash of the shape, dtype and bytes of a tensor of any layout."""
+    sha = hashlib.sha256()
+    for piece in _pieces("", tensor):
+        sha.update(_bytes(piece) if isinstance(piece, Tensor) else piece)
+    return sha.hexdigest()[:32]
+
+
+def plain_digest(value: Any) -> str:
+    """Hash of nested plain data and tensors; of anything else the name of its type counts."""
+    return digest(_leaves(value))
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    if value is None or isinstance(value, str | bytes | int | float | complex | torch.dtype | torch.device):
+        yield repr(value)
+    elif isinstance(value, Tensor):
+        yield tensor_digest(value)
+    elif isinstance(value, Mapping):
+        yield "{"
+        for key in sorted(value, key=repr):
+            yield repr(key) if isinstance(key, str | int) else type(key).__qualname__
+            yield from _leaves(value[key])
+    elif isinstance(value, list | tuple):
+        yield "["
+        for item in value:
+            yield from _leaves(item)
+    else:
+        yield type(value).__qualname__
+
+
+def _pieces(name: str, tensor: Tensor) -> Iterator[Tensor | bytes]:
+    """What a tensor consists of: words about it, and flat strided tensors of at most so many entries."""
+    tensor = tensor.detach()
+    yield f"{name} {tuple(tensor.shape)} {tensor.dtype}\0".encode()
+    if tensor.device.type == "meta":
+        return
     if tensor.is_quantized:
-        tensor = tensor.int_repr()
-    if tensor.layout is not torch.strided:
-        tensor = tensor.to_dense()
-    return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).reshape(-1)
+        parts = [tensor.dequantize()]
+    elif tensor.layout is not torch.strided:
+        coo = tensor if tensor.layout is torch.sparse_coo else tensor.to_sparse()
+        entries = coo.coalesce()
+        parts = [entries.indices(), entries.values()]
+    elif tensor.is_nested:
+        parts = list(tensor.unbind())
+    else:
+        parts = [tensor]
+    for part in parts:
+        plain = part.resolve_conj().resolve_neg() if part.is_complex() else part
+        flat = (torch.view_as_real(plain) if plain.is_complex() else plain).reshape(-1)
+        for start in range(0, flat.numel(), _CHUNK):
+            yield flat[start : start + _CHUNK]
 
 
-def plain_text(value: Any, depth: int = 0) -> str:
-    """A text that stands for plain values, whatever holds them; of anything else its type."""
-    if isinstance(value, Tensor):
-        entries = _flat(value.detach()).cpu()
-        return f"{tuple(value.shape)} {value.dtype} {hashlib.sha256(_bytes(entries)).hexdigest()}"
-    if isinstance(value, Mapping) and depth < _DEEPEST:
-        items = sorted((str(key), plain_text(item, depth + 1)) for key, item in value.items())
-        return repr(items)
-    if isinstance(value, list | tuple) and depth < _DEEPEST:
-        return repr([plain_text(item, depth + 1) for item in value])
-    is_plain = isinstance(value, str | bytes | int | float | complex | bool | None)
-    return repr(value) if is_plain else type(value).__qualname__
+def _refuse_broken(name: str, piece: Tensor) -> None:
+    if not piece.is_floating_point():
+        return
+    wide = piece if piece.dtype.itemsize > 1 else piece.float()
+    if not torch.isfinite(wide).all():
+        raise NonFiniteError(
+            f"weight {name!r} has NaN or infinite entries: no gradient of this model means anything; "
+            "load another checkpoint or find what broke this one"
+        )
 
 
 def tokenizer_digest(tokenizer: Any) -> str | None:
-    """Hash of a tokenizer's vocabulary, special tokens and chat template; None for no tokenizer."""
+    """Hash of a tokenizer's vocabulary; None for no tokenizer.
+
+    Samples are known by their ids, so what else a tokenizer does (special tokens, templates, its class) shows
+    in them where it matters. Token ids are told by the vocabulary alone.
+    """
     if tokenizer is None:
         return None
     if not hasattr(tokenizer, "get_vocab"):
         # an image processor has sizes and means in place of a vocabulary
         values = tokenizer.to_dict() if hasattr(tokenizer, "to_dict") else {}
-        return digest([type(tokenizer).__name__, json.dumps(values, sort_keys=True, default=str)])
-    vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    special = json.dumps({k: str(v) for k, v in tokenizer.special_tokens_map.items()}, sort_keys=True)
-    return digest([type(tokenizer).__name__, vocabulary, special, str(tokenizer.chat_template)])
+        kept = {k: v for k, v in values.items() if not any(word in k for word in _NAMES_OF_PROCESSORS)}
+        return digest([json.dumps(kept, sort_keys=True, default=str)])
+    return digest([json.dumps(tokenizer.get_vocab(), sort_keys=True)])
 
 
 def _bytes(piece: Tensor) -> bytes:

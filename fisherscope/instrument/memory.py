@@ -40,7 +40,9 @@ class SavedBytes:
 
     def __init__(self, apart: Iterable[Tensor]) -> None:
         """Count all but the storages of ``apart``, such as the model's weights."""
-        self._seen = {tensor.untyped_storage().data_ptr() for tensor in apart}
+        # sparse tensors have no storage of their own
+        dense = (tensor for tensor in apart if tensor.layout is torch.strided)
+        self._seen = {tensor.untyped_storage().data_ptr() for tensor in dense}
         self._alive: list[Tensor] = []
         self.total = 0
 

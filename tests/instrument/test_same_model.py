@@ -344,9 +344,8 @@ def test_odd_entries_of_a_state_dict(tmp_path: Path) -> None:
         return model
 
     scope_of(odd()).collect({"a": ROWS[:4]}, tmp_path / "run.fs", **OPTIONS)
-    assert scope_of(odd()).collect({"a": ROWS}, tmp_path / "run.fs", **OPTIONS).is_complete("a")
-    with pytest.raises(FingerprintError, match="weights"):
-        scope_of(odd(4)).collect({"a": ROWS}, tmp_path / "run.fs", **OPTIONS)
+    # what is no tensor may count calls: what it does, the probe tells
+    assert scope_of(odd(4)).collect({"a": ROWS}, tmp_path / "run.fs", **OPTIONS).is_complete("a")
 
 
 def test_what_a_store_knows_its_model_by_is_shown(tmp_path: Path) -> None:

@@ -57,13 +57,13 @@ def resolve_objective(choice: str | Objective | Predict, model: nn.Module) -> Ob
         ValueError: no objective of that name, or the model has no head that "auto" knows.
     """
     if isinstance(choice, Objective):
-        return replace(choice, name=f"{choice.name}#{identity(choice.predict, model)}")
+        return replace(choice, name=f"{choice.name}#{identity(choice.predict)}")
     if isinstance(choice, type):
         message = f"objective={choice.__name__} is a class: pass an object of it, or a function"
         raise ValueError(message)  # noqa: TRY004 - as for a name that there is not
     if callable(choice):
         own = _of_model(model)
-        return replace(CAUSAL_LM if own is None else own, name=identity(choice, model), predict=choice)
+        return replace(CAUSAL_LM if own is None else own, name=identity(choice), predict=choice)
     if choice == "auto":
         found = _of_model(model)
         if found is None:
