@@ -6,11 +6,10 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from fisherscope.instrument.emission import Emission
 from fisherscope.instrument.squares import Sinks
@@ -113,7 +112,7 @@ class Extension(ABC):
         return (self.collector(context),)
 
     def settled(self, layout: ModelLayout, instrumented: tuple[str, ...]) -> Self:
-        """The same with what an option leaves open chosen for this model, before anything is identified by it.
+        """The same with what an option leaves open chosen for this model.
 
         A store is known by what was chosen, so that whoever names the same goes on with it.
 

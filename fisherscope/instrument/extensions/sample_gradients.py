@@ -8,9 +8,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal, Self, get_args
 
-from typing_extensions import Self, override
+from typing_extensions import override
 
 from fisherscope.errors import CoverageError
 from fisherscope.instrument.emission import Emission
