@@ -41,8 +41,8 @@ def collecting_heads(store: ContributionStore, part: Part = "weight") -> str:
     if not names:
         other = "weight" if part == "bias" else "bias"
         return (
-            f"the attention of this model has no {part} that is cut into heads, so none can be collected; use "
-            f"part={other!r}, if that is there"
+            f"the attention of this model has no {part} that is cut into heads, so none can be collected; "
+            f"use part={other!r}, if that is there"
         )
     again = (
         'pass extensions=("fisher", fisherscope.SampleGradients(parameters="attention")) to scope.collect, '
@@ -61,8 +61,8 @@ def without_heads(store: ContributionStore) -> str | None:
         f"this compares slices of attention heads, and the layout of {store.path} has none: none could be "
         "confirmed when the model was wrapped, and collecting again changes nothing. The analyses fisher, "
         "importance, masks and overlap answer by module, and store.gradients(task, parameter) has the "
-        "gradients of the parameters in store.gradient_parameters. If the model has attention after all, say where its "
-        "heads are with fisherscope.register_adapter, and collect into a new directory"
+        "gradients of the parameters in store.gradient_parameters. If the model has attention after "
+        "all, say where its heads are with fisherscope.register_adapter, and collect into a new directory"
     )
 
 
