@@ -47,7 +47,8 @@ def is_derived_map(module: nn.Module) -> bool:
     """Whether the module is a linear layer whose matrix is computed from other parameters."""
     # torch gives a parametrised module a class of its own, with the original one as its base
     is_linear = any(kind is nn.Linear or kind.__name__ == "Conv1D" for kind in type(module).__mro__)
-    return is_linear and "weight" in derived_tensors(module) and module.weight.dim() == 2
+    weight: Any = module.weight if "weight" in derived_tensors(module) else None
+    return is_linear and isinstance(weight, Tensor) and weight.dim() == 2
 
 
 def derived_maps(model: nn.Module) -> dict[str, str]:
