@@ -85,7 +85,7 @@ def weight_shape(module: nn.Module) -> tuple[int, ...]:
     if isinstance(weight, Tensor) and not isinstance(weight, nn.Parameter) and weight.is_floating_point():
         raise AdapterError(
             f"the weight of {type(module).__name__} is a tensor that is no parameter: it has no gradient "
-            "of its own to cut heads from; make it an nn.Parameter, or compute it with torch.nn.utils.parametrize"
+            "of its own to cut heads from; make it an nn.Parameter, or use torch.nn.utils.parametrize"
         )
     if not isinstance(weight, nn.Parameter) or weight.dim() != 2:
         raise AdapterError(
