@@ -27,6 +27,10 @@ class ModelBusyError(FisherscopeError):
     """Another call is collecting from the same model."""
 
 
+class ModelChangedError(FisherscopeError):
+    """The model is made of other modules or parameters than when it was wrapped."""
+
+
 class NonFiniteError(FisherscopeError):
     """A weight, an activation, a loss or a gradient is NaN or infinite."""
 

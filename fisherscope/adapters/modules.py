@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from fisherscope.adapters.derived import derived_tensors
 from fisherscope.errors import AdapterError
 
 _checked: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
@@ -76,6 +77,16 @@ def weight_shape(module: nn.Module) -> tuple[int, ...]:
         AdapterError: the module has no matrix as weight.
     """
     weight = getattr(module, "weight", None)
+    if how := derived_tensors(module).get("weight"):
+        raise AdapterError(
+            f"{type(module).__name__} computes its weight from other parameters by {how}: it has no entries "
+            "of its own to cut heads from"
+        )
+    if isinstance(weight, Tensor) and not isinstance(weight, nn.Parameter) and weight.is_floating_point():
+        raise AdapterError(
+            f"the weight of {type(module).__name__} is a tensor that is no parameter: it has no gradient "
+            "of its own to cut heads from; make it an nn.Parameter, or use torch.nn.utils.parametrize"
+        )
     if not isinstance(weight, nn.Parameter) or weight.dim() != 2:
         raise AdapterError(
             f"{type(module).__name__} has no plain matrix as weight: quantised or packed projections have no "

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch import nn
 
 from fisherscope.adapters.build import Stack, build_layout, build_modules
+from fisherscope.adapters.derived import derived_maps
 from fisherscope.adapters.detect import detect
 from fisherscope.adapters.probe import verify_layout
 from fisherscope.adapters.tuned_heads import with_adapters
@@ -110,7 +111,13 @@ def resolve(
     if chosen is None:
         found = _detected(model, config.model_type, every_layer=verify == "all", strict=strict)
         return with_adapters(model, found)
-    layout = _registered(model, chosen, text_config, verify)
+    try:
+        layout = _registered(model, chosen, text_config, verify)
+    except AdapterError:
+        computed = derived_maps(model)
+        if not computed:
+            raise
+        return with_adapters(model, _without_computed(model, config.model_type, computed, strict=strict))
     if not layout.attention:
         message = (
             f"{_name_of(chosen)}, the adapter for model_type {config.model_type!r}, found attention in no "
@@ -136,6 +143,34 @@ def _registered(model: nn.Module, adapter: Adapter, text_config: Any, verify: Ve
             f"{config.model_type!r}): {type(error).__name__}: {error}. Pass another adapter, or correct it"
         ) from error
     return layout
+
+
+def _without_computed(
+    model: nn.Module, model_type: str, computed: dict[str, str], *, strict: bool
+) -> ModelLayout:
+    """The layout of a model in which some matrices are computed: heads where plain matrices confirm them."""
+    path, how = next(iter(computed.items()))
+    what = (
+        f"the weight of {path} is computed from other parameters by {how} "
+        f"(so with {len(computed) - 1} more): it has no entries of its own to cut heads or channels from"
+    )
+    way_on = (
+        "make it plain first, with torch.nn.utils.prune.remove or torch.nn.utils.parametrize."
+        "remove_parametrizations"
+    )
+    if strict:
+        raise AdapterError(f"{what}; {way_on}, or pass strict=False")
+    try:
+        detection = detect(model, model_type)
+        layout = detection.layout
+    except AdapterError:
+        layout = build_modules(model, model_type)
+    warnings.warn(
+        f"{what}. Gradients of those parameters are exact and there by module; heads are there where plain "
+        f"matrices confirm them. For all heads {way_on}",
+        stacklevel=4,
+    )
+    return layout if layout.attention else replace(layout, source="modules")
 
 
 def _name_of(adapter: Adapter) -> str:

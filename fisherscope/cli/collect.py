@@ -26,7 +26,7 @@ def collect(
     objective: opt.Objective = "auto",
     parameters: opt.Parameters = ["linear"],  # noqa: B006 - typer copies it
     gradients: opt.Gradients = True,
-    gradient_parameters: opt.GradientParameters = ["attention"],  # noqa: B006 - typer copies it
+    gradient_parameters: opt.GradientParameters = ["auto"],  # noqa: B006 - typer copies it
     gradient_dtype: opt.StoredDtype = opt.GradientDtype.BFLOAT16,
     encoding: opt.StoredEncoding = opt.GradientEncoding.AUTO,
     gradient_rank: opt.GradientRank = 8,

@@ -172,7 +172,7 @@ Gradients = Annotated[
 GradientParameters = Annotated[
     list[str],
     typer.Option(
-        metavar="WHICH", help="Whose: attention, all, or name patterns; repeat.", rich_help_panel=_WHAT
+        metavar="WHICH", help="Whose: auto, attention, all, or name patterns; repeat.", rich_help_panel=_WHAT
     ),
 ]
 StoredDtype = Annotated[

@@ -72,7 +72,7 @@ def make_extensions(
     also: Sequence[opt.Quantity],
 ) -> list[Any]:
     """The extensions, as `Scope.collect` takes them."""
-    stored = parse_parameters(gradient_parameters, ("attention", "all"), "--gradient-parameters")
+    stored = parse_parameters(gradient_parameters, ("auto", "attention", "all"), "--gradient-parameters")
     from fisherscope.instrument.extensions import Fisher, SampleGradients
 
     sources: Any = [source.value for source in labels]

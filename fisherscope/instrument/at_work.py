@@ -33,11 +33,12 @@ def ready_to_run(model: nn.Module) -> Iterator[None]:
 
 
 def at_work(method: M) -> M:
-    """Have a method of a scope find its model ready to run."""
+    """Have a method of a scope find its model as it was wrapped, and ready to run."""
 
     @functools.wraps(method)
     def run(scope: Scope, *args: Any, **kwargs: Any) -> Any:
         with ready_to_run(scope.model):
+            scope.structure.refuse_changes(scope.model)
             return method(scope, *args, **kwargs)
 
     return cast("M", run)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -18,6 +18,7 @@ from fisherscope.instrument.extensions import (
 from fisherscope.instrument.memory import parse_bytes
 from fisherscope.instrument.objectives import Objective, Predict
 from fisherscope.instrument.plain import plain_fields
+from fisherscope.layout import ModelLayout
 
 _Kind = TypeVar("_Kind", bound=Extension)
 
@@ -89,6 +90,10 @@ class CollectOptions:
     def resolved(self) -> tuple[Extension, ...]:
         """The extensions as objects."""
         return resolve_extensions(self.extensions)
+
+    def settled(self, layout: ModelLayout, instrumented: tuple[str, ...]) -> CollectOptions:
+        """The same with extensions that know which parameters they take of this model."""
+        return replace(self, extensions=tuple(e.settled(layout, instrumented) for e in self.resolved))
 
     @property
     def fisher(self) -> Fisher | None:

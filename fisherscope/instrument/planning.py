@@ -210,6 +210,7 @@ class Planner:
         Raises:
             CoupledSamplesError: the model does not repeat itself, and it was not forced.
         """
+        options = options.settled(self._layout, self._targets.parameters)
         context = self._context(options)
         batch_pass = BatchPass(
             self._facts.model, self._targets, objective, context, options.torch_dtype, seed=options.seed

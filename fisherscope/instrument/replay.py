@@ -18,6 +18,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 from typing_extensions import override
 
+from fisherscope.adapters.derived import computing_hooks
 from fisherscope.adapters.kinds import is_a
 from fisherscope.errors import FisherscopeError
 from fisherscope.instrument.batch_axes import (
@@ -209,7 +210,10 @@ class Replay:
 
 
 class _Bare(nn.Module):
-    """A module without its own hooks; those of the modules inside of it stay."""
+    """A module without its own hooks; those of the modules inside of it stay.
+
+    Hooks that compute a tensor of the module from its parameters are part of what it computes, and are run.
+    """
 
     def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         super().__init__()
@@ -218,7 +222,14 @@ class _Bare(nn.Module):
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._forward(*args, **kwargs)
+        computing = computing_hooks(self.module)
+        kept = {name: vars(self.module)[name] for name in computing}
+        try:
+            for hook in computing.values():
+                hook(self.module, args)
+            return self._forward(*args, **kwargs)
+        finally:
+            vars(self.module).update(kept)
 
 
 def without_caches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

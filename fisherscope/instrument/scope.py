@@ -47,6 +47,7 @@ from fisherscope.instrument.targets import ParameterChoice, select_targets
 from fisherscope.instrument.tasks import Tasks
 from fisherscope.instrument.token_strings import texts_of_tokens
 from fisherscope.instrument.trial_run import try_run
+from fisherscope.instrument.unchanged import Structure
 from fisherscope.layout import GroupTable, ModelLayout, Partition
 from fisherscope.linalg import Dense
 from fisherscope.store import ContributionStore, StoreWriter, open_store
@@ -105,6 +106,7 @@ class Scope:
         tokenizer: its tokenizer or None.
         layout: where each head lives.
         parameters: names of the instrumented parameters.
+        structure: what the model was made of when it was wrapped.
     """
 
     def __init__(
@@ -116,6 +118,7 @@ class Scope:
         self.layout = layout
         self._targets = select_targets(model, layout, parameters)
         self.parameters = self._targets.parameters
+        self.structure = Structure.of(model)
         self._facts = ModelFacts(model, tokenizer)
         self._planner = Planner(self._facts, layout, self._targets)
 
@@ -248,6 +251,7 @@ class Scope:
             CoverageError: the hooks do not see what autograd finds, or hooks on parameters change gradients.
             StoreError: the directory holds something else, or the disk is too small.
             ModelBusyError: another call is collecting from the same model.
+            ModelChangedError: modules or parameters of the model are others than when it was wrapped.
             Interrupted: stopped by Ctrl-C or SIGTERM; what was done is sealed.
         """
         options = CollectOptions(

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 import pandas as pd
 from torch import nn
 
+from fisherscope.adapters.derived import is_derived_map, raw_parameters
 from fisherscope.adapters.injected import tuned_layers
 from fisherscope.adapters.modules import is_linear_map
 from fisherscope.adapters.tuned_parameters import Adaptation, adaptation
@@ -129,8 +130,14 @@ def _uses(model: nn.Module) -> dict[str, list[_Use]]:
     """Where each parameter is: a tied one in several modules."""
     canonical = {id(p): name for name, p in model.named_parameters()}
     found: dict[str, list[_Use]] = {}
+    inside: set[nn.Module] = set()
     for path, module in model.named_modules():
-        for local, parameter in module.named_parameters(recurse=False):
+        if module in inside:  # a parametrisation is run by the module whose tensor it computes
+            continue
+        raw = list(raw_parameters(module))
+        if raw:
+            inside.update(module.get_submodule("parametrizations").modules())
+        for local, parameter in (*module.named_parameters(recurse=False), *raw):
             rule = find_rule(module)
             known = rule if rule is not None and local in rule.handles else None
             found.setdefault(canonical[id(parameter)], []).append(_Use(path, module, local, known))
@@ -208,7 +215,7 @@ def _is_selected(
     if tuned.trained:
         wanted = in_layers and info.name in tuned.trained
     else:
-        wanted = in_layers and all(is_linear_map(module) for module in modules)
+        wanted = in_layers and all(is_linear_map(m) or is_derived_map(m) for m in modules)
     return wanted and (choice == "linear" or info.kind == "attention")
 
 

@@ -248,5 +248,5 @@ def test_layers_without_stored_gradients_are_left_out(tmp_path):
         lambda: compute_sample_pair(found, "math", 0, "code", 0, 0, 0),
         lambda: compute_heatmap(found, "math", "code", stack="encoder"),
     ):
-        with pytest.raises(KeyError, match=r"SampleGradients\(parameters='attention'\)"):
+        with pytest.raises(KeyError, match=r'SampleGradients\(parameters="attention"\)'):
             ask()

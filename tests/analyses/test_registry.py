@@ -91,7 +91,7 @@ def test_missing_data_is_skipped_with_what_to_collect(bare):
         assert isinstance(outcomes[name], Result), outcomes[name]
     for name in ("conflict", "interference"):
         assert isinstance(outcomes[name], Skipped)
-        assert "sample_gradients" in outcomes[name].reason
+        assert "SampleGradients" in outcomes[name].reason
         assert "scope.collect" in outcomes[name].reason
 
 

@@ -12,6 +12,7 @@ from fisherscope.analyses.interference.measuring import Measured, Measurement, a
 from fisherscope.analyses.interference.result import MAPS, InterferenceResult
 from fisherscope.analyses.interference.signed import with_claims
 from fisherscope.analyses.outcome import SkipAnalysis
+from fisherscope.analyses.quantities import collecting_heads
 from fisherscope.analyses.registry import register
 from fisherscope.analyses.slices import SliceReader, gqa_map, stored_blocks
 from fisherscope.analyses.units import head_maps
@@ -41,8 +42,8 @@ def interference(
         )
     if not stored_blocks(store, config.part):
         raise SkipAnalysis(
-            f"no gradients of per-head {config.part} slices are stored: pass "
-            'SampleGradients(parameters="attention") to scope.collect (some models have no such biases)'
+            f"no gradients of per-head {config.part} slices are stored: "
+            + collecting_heads(store, config.part)
         )
     reader = SliceReader(store, context.memory_budget, context.tasks)
     measurement = Measurement(reader, context.tasks, config, context.rng)

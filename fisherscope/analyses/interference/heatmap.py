@@ -16,6 +16,7 @@ from fisherscope.analyses.interference.full import FullScorer
 from fisherscope.analyses.interference.measuring import applied, rows_to_load, scorer_for
 from fisherscope.analyses.interference.query import BUDGET, stored_names, warn_of_damping, warn_of_empty
 from fisherscope.analyses.interference.totals import Extremes
+from fisherscope.analyses.quantities import collecting_heads, without_heads
 from fisherscope.analyses.slices import Loaded, SliceReader, find_block, stored_blocks
 from fisherscope.store import ContributionStore
 from fisherscope.torch_state import in_standard_state
@@ -115,8 +116,9 @@ def _chosen(
     stored = [b.attention for b in stored_blocks(store, config.part) if b.attention.stack == stack]
     if not stored:
         raise KeyError(
-            f"{store.path} stores no gradients of per-head {config.part} slices of the {stack}: collect it "
-            "with SampleGradients(parameters='attention')"
+            without_heads(store)
+            or f"{store.path} stores no gradients of per-head {config.part} slices of the {stack}: "
+            + collecting_heads(store, config.part)
         )
     widest = max(a.n_heads for a in stored)
     wanted = list(range(widest)) if heads is None else list(heads)

@@ -12,6 +12,7 @@ from fisherscope.analyses.interference.denominator import denominators
 from fisherscope.analyses.interference.form import FORMS, gradient_scale, interference_matrix
 from fisherscope.analyses.interference.full import FullScorer
 from fisherscope.analyses.interference.measuring import applied, nothing_stored, rows_to_load, scorer_for
+from fisherscope.analyses.quantities import collecting_heads
 from fisherscope.analyses.slices import Block, Loaded, SliceReader, find_block
 from fisherscope.store import ContributionStore
 from fisherscope.torch_state import in_standard_state
@@ -158,8 +159,7 @@ def stored_names(store: ContributionStore, layer: int, stack: str, config: Inter
     if found := [name for name, part in parts if part is not None and part.parameter in stored]:
         return found
     raise KeyError(
-        f"{store.path} stores no gradients of layer {layer}: collect it with "
-        "SampleGradients(parameters='attention')"
+        f"{store.path} stores no gradients of layer {layer}: " + collecting_heads(store, config.part)
     )
 
 

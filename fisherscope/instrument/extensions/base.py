@@ -6,7 +6,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -110,6 +110,18 @@ class Extension(ABC):
     def collectors(self, context: Context) -> Sequence[Collector]:
         """Fresh collectors for one task: several where one quantity is had in several ways."""
         return (self.collector(context),)
+
+    def settled(self, layout: ModelLayout, instrumented: tuple[str, ...]) -> Self:
+        """The same with what an option leaves open chosen for this model.
+
+        A store is known by what was chosen, so that whoever names the same goes on with it.
+
+        Args:
+            layout: of the model.
+            instrumented: names of the instrumented parameters, in model order.
+        """
+        del layout, instrumented
+        return self
 
     def options(self) -> dict[str, Any]:
         """The options as JSON data; part of the run's fingerprint."""

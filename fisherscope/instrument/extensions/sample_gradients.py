@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import glob
+import itertools
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal, Self, get_args
 
 from typing_extensions import override
 
@@ -24,6 +27,11 @@ from fisherscope.store.encodings import MAX_RANK, Encodings
 Choice = Literal["auto", "dense", "factored", "lowrank", "groups"]
 Dtype = Literal["bfloat16", "float32", "float16"]
 
+_WORDS = ("auto", "attention", "all")
+# Entries of one sample's gradient that "auto" takes of a model without attention: 32 MiB in bfloat16, between
+# those of attention in GPT-2 (small) and in models of few layers.
+MOST_ENTRIES = 1 << 24
+
 
 @register_extension
 @dataclass(frozen=True)
@@ -31,7 +39,10 @@ class SampleGradients(Extension):
     """g_i of every sample, which conflict and interference analyses read.
 
     Attributes:
-        parameters: "attention", "all" (of the instrumented ones) or a list of name patterns.
+        parameters: "attention", "all" (of the instrumented ones) or a list of name patterns. "auto" is
+            "attention" where weights of attention are instrumented. Elsewhere it takes the instrumented
+            matrices of the layers, from the first layer on, as long as one sample's gradients have no more
+            than 2^24 entries together (32 MiB in bfloat16), and one matrix at least.
         encoding: "dense" keeps g itself. "factored" keeps the layer's input and its output gradient, position
             by position: exact up to the dtype, and smaller where samples are short. "lowrank" keeps the first
             singular vectors of each sample's gradient, with the error of each. "groups" keeps no gradients:
@@ -47,7 +58,7 @@ class SampleGradients(Extension):
     """
 
     name: ClassVar[str] = "sample_gradients"
-    parameters: str | Sequence[str] = "attention"
+    parameters: str | Sequence[str] = "auto"
     encoding: Choice = "auto"
     dtype: Dtype = "bfloat16"
     rank: int = 8
@@ -59,13 +70,14 @@ class SampleGradients(Extension):
             patterns = tuple(self.parameters) if isinstance(self.parameters, Sequence) else ()
             if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
                 raise ValueError(
-                    f"SampleGradients(parameters={self.parameters!r}): use 'attention', 'all' or a list of "
-                    "name patterns; to store no gradients use encoding='groups'"
+                    f"SampleGradients(parameters={self.parameters!r}): use 'auto', 'attention', 'all' or a "
+                    "list of name patterns; to store no gradients use encoding='groups'"
                 )
             object.__setattr__(self, "parameters", patterns)
-        elif self.parameters not in {"attention", "all"}:
+        elif self.parameters not in _WORDS:
             raise ValueError(
-                f"SampleGradients(parameters={self.parameters!r}): use 'attention', 'all' or name patterns"
+                f"SampleGradients(parameters={self.parameters!r}): use 'auto', 'attention', 'all' or a list "
+                "of name patterns"
             )
         for what, choices in (("encoding", get_args(Choice)), ("dtype", get_args(Dtype))):
             if (value := getattr(self, what)) not in choices:
@@ -83,27 +95,49 @@ class SampleGradients(Extension):
         """Element type of factors and singular vectors."""
         return "float32" if self.encoding == "auto" and self.dtype == "bfloat16" else self.dtype
 
+    @override
+    def settled(self, layout: ModelLayout, instrumented: tuple[str, ...]) -> Self:
+        if self.parameters != "auto":
+            return self
+        if any(layout.parameter(name).kind == "attention" for name in instrumented):
+            return replace(self, parameters="attention")
+        names = _first_that_fit(layout, instrumented)
+        return replace(self, parameters=tuple(glob.escape(name) for name in names))
+
     def chosen(self, layout: ModelLayout, instrumented: tuple[str, ...]) -> tuple[str, ...]:
         """Which of the instrumented parameters are stored; none with the encoding "groups".
 
         Raises:
             CoverageError: the choice matches none.
         """
-        if self.parameters == "all":
+        choice = self.settled(layout, instrumented).parameters
+        if choice == "all":
             names = instrumented
-        elif self.parameters == "attention":
+        elif choice == "attention":
             names = tuple(n for n in instrumented if layout.parameter(n).kind == "attention")
         else:
-            names = tuple(n for n in instrumented if any(fnmatchcase(n, p) for p in self.parameters))
+            names = tuple(n for n in instrumented if any(fnmatchcase(n, p) for p in choice))
         if not names:
             raise CoverageError(
-                f"SampleGradients(parameters={self.parameters!r}) matches none of the instrumented parameters"
+                f"SampleGradients(parameters={self.parameters!r}) matches none of the {len(instrumented)} "
+                f"instrumented parameters ({instrumented[0]}, ...): leave parameters out for a choice that "
+                "fits the model, or use 'all' or patterns of the names in scope.parameters"
             )
         return () if self.encoding == "groups" else names
 
     @override
     def collector(self, context: Context) -> Collector:
         return SampleGradientCollector(self.chosen(context.layout, tuple(context.parameters)))
+
+
+def _first_that_fit(layout: ModelLayout, instrumented: tuple[str, ...]) -> tuple[str, ...]:
+    """Matrices of the layers, in model order, whose entries are few enough together; one at least."""
+    infos = [layout.parameter(name) for name in instrumented]
+    matrices = [info for info in infos if len(info.shape) > 1]
+    pool = [info for info in matrices if info.layer >= 0] or matrices or infos
+    entries = itertools.accumulate(math.prod(info.shape) for info in pool)
+    fit = sum(total <= MOST_ENTRIES for total in entries)
+    return tuple(info.name for info in pool[: max(fit, 1)])
 
 
 class SampleGradientCollector(Collector):

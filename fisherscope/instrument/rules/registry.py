@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from fisherscope.adapters.derived import derived_tensors
 from fisherscope.linalg import PerSampleGradient
 from fisherscope.plugins import Plugins
 
@@ -77,7 +78,13 @@ def register_rule(
 
 
 def find_rule(module: nn.Module) -> Rule | None:
-    """The first rule that applies to a layer, by its type and then its base types; None if there is none."""
+    """The first rule that applies to a layer, by its type and then its base types; None if there is none.
+
+    A rule gives the gradient of the weight that the layer multiplies with: where that is computed from other
+    parameters, it is not theirs.
+    """
+    if derived_tensors(module):
+        return None
     _plugins.load()
     for layer_type in type(module).__mro__:
         if layer_type in _rules:
