@@ -121,7 +121,7 @@ def test_what_was_not_collected_is_skipped(collect, run, tmp_path):
     shown = run("analyze", store, "-o", tmp_path / "report")
     assert shown.exit_code == 0, shown.stderr
     assert "skipped" in shown.stdout
-    assert "sample_gradients" in shown.stdout
+    assert "SampleGradients" in shown.stdout
 
 
 def test_collect_and_report_at_once(collect, tmp_path):

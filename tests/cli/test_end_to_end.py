@@ -94,7 +94,7 @@ def test_options_reach_the_collection(model_dir, tasks, tmp_path, run):
         f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(2)
     )
     assert all("self_attn" in name for name in header.parameters)
-    assert header.fingerprint["attention"] == "eager"
+    assert header.provenance["attention"] == "eager"
     assert "text" not in store.samples("math")
     assert "warning" not in shown.stderr  # nothing is longer than 9 tokens
 

@@ -37,7 +37,7 @@ def test_what_was_skipped_says_what_to_collect(lean):
     assert list(report) == ["fisher", "importance", "masks", "overlap"]
     assert set(report.skipped) == {"conflict", "interference"}
     assert "conflict" not in report
-    with pytest.raises(KeyError, match="sample_gradients"):
+    with pytest.raises(KeyError, match="SampleGradients"):
         report["conflict"]
 
 

@@ -48,7 +48,7 @@ def test_results_are_strict_json(saved, lean):
     assert [task["samples"] for task in whole["tasks"]] == [8, 7, 6]
     bare = strict_json((lean.directory / "results.json").read_text(encoding="utf-8"))
     assert bare["analyses"]["conflict"]["status"] == "skipped"
-    assert "sample_gradients" in bare["analyses"]["conflict"]["reason"]
+    assert "SampleGradients" in bare["analyses"]["conflict"]["reason"]
 
 
 def test_the_options_can_be_used_again(saved):

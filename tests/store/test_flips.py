@@ -86,7 +86,7 @@ def read(store, region):
             return store.samples(task)
         case "ids" | "labels":
             return [store.token_ids(task, row) for row in store.samples(task)["row"]]
-        case "groups" if not task:
+        case "groups" | "probe" if not task:
             return store.constants()
         case "groups":
             return store.group_values(task)

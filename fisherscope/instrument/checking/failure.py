@@ -63,7 +63,7 @@ def explain(
         "finds: an ordinary backward pass of the same batch, with random weights, is off by "
         f"{worst.size:.2g}, and {worst.tolerance:.0e} would be rounding. Nothing of this batch is stored. "
         f"{' '.join(causes)} Leave these parameters out with parameters=[...] (scope.coverage() lists the "
-        "names), or see whether batch_size=1 agrees"
+        "names), or see whether batch_size=1 agrees; force=True goes on with a warning"
     )
 
 

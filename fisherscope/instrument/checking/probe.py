@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fisherscope.errors import FingerprintError, NotStoredError
+from fisherscope.errors import FingerprintError, NonFiniteError, NotStoredError
 from fisherscope.instrument.batch import Batch
 from fisherscope.instrument.checking.environment import differences, environment, surroundings
 from fisherscope.instrument.data import Sample
@@ -94,7 +94,17 @@ class Prober:
             ``probe/norms`` and ``probe/losses``, to be kept with the store.
         """
         rows = list(samples.values())
-        alone = self.measure(rows)
+        try:
+            alone = self.measure(rows)
+        except NonFiniteError:
+            return {}  # the run will say which sample, and where
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            release(self.context.device)  # likewise
+            return {}
+        if not bool(torch.isfinite(alone.norms).all()):
+            return {}
         repeats = not bool((self.measure(rows).difference(alone) > SAME).any())
         rounding = self._rounding(rows, alone)
         elsewhere = max(_LEAST_ELSEWHERE, _ELSEWHERE * rounding)
