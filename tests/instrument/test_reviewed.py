@@ -50,7 +50,7 @@ def test_checkpointed_layers_see_no_cache(name: str, reentrant: bool, tmp_path: 
 
 @pytest.mark.parametrize("labels", [pytest.param("data", marks=pytest.mark.slow), "sampled"])
 def test_nothing_is_left_of_a_batch(labels: Any, tmp_path: Path) -> None:
-    """Modules that are run again, too: there are as many tensors after twelve batches as after four."""
+    """Modules that are run again, too: there are as many tensors after fourteen batches as after six."""
     model = models.build(models.named("mixtral"))
     scope, counts = fs.wrap(model, parameters="all"), []
 
@@ -70,7 +70,8 @@ def test_nothing_is_left_of_a_batch(labels: Any, tmp_path: Path) -> None:
         batch_size=1,
         quiet=True,
     )
-    assert max(counts[-4:]) <= max(counts[4:8]) + 8
+    # what comes before the batches looks at samples and at the model, and proves the first batch
+    assert max(counts[-4:]) <= max(counts[-12:-8]) + 8
 
 
 def test_float64_rules_with_tables(tmp_path: Path) -> None:

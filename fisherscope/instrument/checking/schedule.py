@@ -13,7 +13,8 @@ Check = Literal["auto", "every", "first", "off"]
 CHECKS: tuple[Check, ...] = get_args(Check)
 
 _SHARE = 0.02  # of a long run's time
-_ALWAYS = 3  # batches that are proved whatever the length of a run
+_ALWAYS = 2  # batches that are proved whatever the length of a run: without padding and with some
+_COST = 2.5  # batches that one proof takes the time of
 _ALONE = 4  # in a run of so few batches each proof takes a second draw
 
 
@@ -41,7 +42,7 @@ class Schedule:
     @property
     def rate(self) -> float:
         """The share of batches that are drawn, beside those that are always proved."""
-        return max(0.0, _SHARE - _ALWAYS / max(self.batches, 1))
+        return max(0.0, _SHARE / _COST - _ALWAYS / max(self.batches, 1))
 
     @property
     def takes_second_draws(self) -> bool:
