@@ -163,6 +163,11 @@ class GradientTap:
             # with its weight frozen nothing before it asks for gradients: the graph starts here
             output = output.detach().requires_grad_()
         given = args[0] if args else next(iter(kwargs.values()))
+        if sum(isinstance(value, Tensor) for value in (*args, *kwargs.values())) > 1:
+            raise FisherscopeError(
+                f"{site.path} is given more than one tensor, and the rule of its layer knows the first only: "
+                "leave its parameters out with parameters=[...]"
+            )
         # some models (OPT) flatten [n, positions, features] before a layer that sees every position
         flat = given.dim() == 2 and self._samples.account_for(given.shape[0]) and site.every_position
         if not flat and (given.shape[0] != self._samples.n or output.shape[0] != self._samples.n):

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from fisherscope.errors import CoverageError, FingerprintError, NotStoredError
 from fisherscope.instrument.capture import Capture, CaptureFactors, Factors
+from fisherscope.instrument.checking.proving import Proofs
+from fisherscope.instrument.checking.schedule import Schedule
 from fisherscope.instrument.data import Labelling, Sample
 from fisherscope.instrument.extensions.base import Collector
 from fisherscope.instrument.fingerprint import weights_digest
@@ -208,13 +210,24 @@ class Rerun:
 
         Returns:
             The places of the samples, in the order in which they came.
+
+        Raises:
+            CoverageError: the gradients of the first batch are not what autograd finds.
         """
         order: list[int] = []
         plan = self._plan
         seeded = random_state(self.options.seed, deterministic=self.options.deterministic)
         with seeded, prepared(self.facts.model):
-            for rows in plan.tasks[0].batches:
-                plan.batch_pass.run(plan.batch(plan.tasks[0], rows), [collector])
+            task = plan.tasks[0]
+            # the parameters may be others than those of the store, of which nothing was proved
+            schedule = Schedule("first", len(task.batches), self.options.seed)
+            proofs = Proofs(plan.batch_pass, self.objective, schedule, force=False)
+            for number, rows in enumerate(task.batches):
+                batch, samples = plan.batch(task, rows), [task.samples[row] for row in rows]
+                proof = proofs.begin(task.name, number, samples, [collector])
+                witnesses = () if proof is None else proof.witnesses
+                losses = plan.batch_pass.run(batch, [collector], witnesses=witnesses)
+                proofs.settle(proof, batch, samples, losses)
                 order.extend(rows)
         return order
 

@@ -67,6 +67,10 @@ class SmallRuns:
         """Modules that were called."""
         return {module for calls in self.calls for module in calls}
 
+    def has_further_inputs(self, module: nn.Module) -> bool:
+        """Whether any call brings a module more than one tensor, such as a norm and its gate."""
+        return any(len(call.inputs) > 1 for calls in self.calls for call in calls.get(module, []))
+
     def pairs(self, module: nn.Module) -> list[tuple[list[CallShapes], list[CallShapes]]]:
         """The calls of a module with the first number of samples and with the second, run by run."""
         return [

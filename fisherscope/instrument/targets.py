@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 import pandas as pd
@@ -190,6 +190,7 @@ def _parents(model: nn.Module, names: list[str], levels: int) -> dict[str, nn.Mo
 
 def _watched(uses: list[_Use], trial: Trial, name: str) -> tuple[list[_Use], str]:
     """Which modules to watch for a parameter, or why its gradients cannot be had."""
+    uses = [replace(use, rule=None) if use.module in trial.unruled else use for use in uses]
     if any(use.rule for use in uses):
         # BERT's head holds the bias of a linear map inside of it: what uses it is that
         uses = [use for use in uses if use.rule or not any(use.module.children())]

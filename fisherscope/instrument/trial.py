@@ -35,10 +35,12 @@ class Trial:
         unseen: parameter -> why its per-sample gradients cannot be seen.
         replayable: modules without a rule whose calls can be run again sample by sample, and which axes of
             their tensors run over samples.
+        unruled: modules that are given more than one tensor, of which their rule would know the first only.
     """
 
     unseen: dict[str, str] = field(default_factory=dict)
     replayable: Mapping[nn.Module, CallAxes] = field(default_factory=dict)
+    unruled: frozenset[nn.Module] = frozenset()
 
 
 def try_out(
@@ -82,7 +84,7 @@ def try_out(
     # an expert whose rows happen to be as many as those of samples is no other than its siblings, either
     failed = {paths[module] for module in seen.not_replayable}
     replayable = {module: axes for module, axes in seen.replayable.items() if paths[module] not in failed}
-    return Trial(unseen, replayable)
+    return Trial(unseen, replayable, frozenset(seen.unruled))
 
 
 def _numberless(name: str) -> str:
@@ -101,11 +103,15 @@ class _Seen:
         self.shared: set[nn.Module] = set()
         self.replayable: dict[nn.Module, CallAxes] = {}
         self.not_replayable: set[nn.Module] = set()
+        self.unruled: set[nn.Module] = set()
         serving: list[nn.Module] = []
         for module in runs.watched:
             if module not in runs.called:
                 continue
             rule = find_rule(module)
+            if rule is not None and not rule.looks_up and runs.has_further_inputs(module):
+                self.unruled.add(module)
+                rule = None
             if rule is None:
                 axes = axes_of_calls(runs.pairs(module), SAMPLES)
                 if axes is None:

@@ -117,3 +117,33 @@ def test_windows_and_biases_of_all_samples(name: str, tmp_path: Path) -> None:
             wanted = torch.zeros_like(found) if g is None else g
             size = max(float(wanted.abs().max()), 1e-3 * largest)
             assert float((found - wanted).abs().max()) < 1e-5 * size, parameter
+
+
+def gated() -> Any:
+    """A tiny model whose norms are given a gate beside what they scale."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 1, "pad_token_id": 0}
+    config = transformers.Mamba2Config(
+        **sizes, state_size=8, num_heads=4, head_dim=16, n_groups=1, expand=2, chunk_size=8
+    )
+    model = transformers.Mamba2ForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    return model
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_norm_that_is_given_a_gate(tmp_path: Path) -> None:
+    """A rule that knows one input does not serve a layer with two; on demand and collected, as the loop."""
+    model, data = gated(), models.rows(4)
+    scope = fs.wrap(model, parameters=["*.norm.weight"])
+    store = scope.collect({"a": data}, tmp_path / "run.fs", extensions=EXACT, batch_size=2, quiet=True)
+    expected = models.loop(model, data)
+    again = scope.gradients(store, [f"a_{row}" for row in range(4)])
+    for parameter in scope.parameters:
+        g = torch.stack([sample[parameter] for sample in expected])
+        for found in (store.gradients("a", parameter), again[parameter]):
+            assert float((found - g).abs().max()) < 1e-5 * float(g.abs().max()), parameter

@@ -339,3 +339,48 @@ def test_autocast_inside_of_forward_is_judged_as_what_it_is(tmp_path: Path) -> N
     (found,) = collect(model, tmp_path / "run.fs", check="every").evidence("proof")
     assert found["dtype"] == "bfloat16"
     assert found["proved"] == 2
+
+
+def test_a_reference_that_is_not_finite_is_no_agreement() -> None:
+    """NaN is compared with nothing: it does not pass for a deviation of 0."""
+    from fisherscope.instrument.checking.proof import _largest
+
+    assert _largest(torch.tensor([0.1, torch.nan])) == torch.inf
+    assert _largest(torch.tensor([])) == 0.0
+
+
+def test_float16_with_small_gradients_is_judged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Weights that would leave the range of float16 are not used: clean runs pass, a turned sign does not."""
+    torch.manual_seed(0)
+    model = llama()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.normal_(0, 0.004)
+    model = model.half()
+    scope = fs.wrap(model, parameters=["*k_proj.weight"])
+    given = {"batch_size": 4, "quiet": True, "extensions": ["fisher"], "check": "every"}
+    assert scope.collect({"a": models.rows(8)}, tmp_path / "right.fs", **given).is_complete("a")
+    monkeypatch.setattr("fisherscope.instrument.collection.check_samples", lambda *_: None)
+
+    def turned(call: LayerCall) -> LayerCall:
+        gradient = call.output_gradient.clone()
+        gradient[0] *= -1
+        return replace(call, output_gradient=gradient)
+
+    spoil(monkeypatch, turned)
+    with pytest.raises(CoverageError, match="not what autograd finds"):
+        scope.collect({"a": models.rows(8)}, tmp_path / "run.fs", **given)
+
+
+def test_gradients_on_demand_are_proved_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """They may be of parameters of which the store knows nothing."""
+    model = llama()
+    few = fs.wrap(model, parameters=["*.q_proj.weight"])
+    store = few.collect({"a": models.rows(6)}, tmp_path / "run.fs", quiet=True, extensions=["fisher"])
+    scope = fs.wrap(model, parameters="all")
+    scope.gradients(store, ["a_1", "a_2"])
+    monkeypatch.setattr("fisherscope.instrument.on_demand.check_model", lambda *_: None)
+    spoil(monkeypatch, dropped)
+    with pytest.raises(CoverageError, match="not what autograd finds"):
+        scope.gradients(store, ["a_1", "a_2"])

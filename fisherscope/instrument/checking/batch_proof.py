@@ -74,9 +74,10 @@ class BatchProof:
             own = found.losses(len(batch)) if isinstance(found, Predictions) else found
             refuse_other_losses(self.batch_pass.model, self.objective, batch, losses, own, tolerance)
             norms = data.norms()
-            weights = draw_weights(norms, self.seed)
-            for draw in range(1 + self.second_draw):
-                weights = draw_weights(norms, self.seed + draw)
+            dtype = self.batch_pass.coarsest
+            # one draw of signs does not see an exchange of two samples of equal sign
+            for draw in range(1 + (self.second_draw or dtype == torch.float16)):
+                weights = draw_weights(norms, self.seed + draw, dtype)
                 deviations += self._compare(data, weights, own, tolerance)
             for place in dict.fromkeys((int(norms.argmin()), int(norms.argmax()))):
                 squares = SquareComparison(data, place, tolerance)
@@ -108,7 +109,7 @@ class BatchProof:
         passes = draws(witness.labels, found, batch, count=witness.draws, seed=self.batch_pass.seed)
         for number, draw in enumerate(passes):
             if number == witness.draw:
-                weights = draw_weights(witness.norms(), self.seed)
+                weights = draw_weights(witness.norms(), self.seed, self.batch_pass.coarsest)
                 return self._compare(witness, weights, draw.losses, tolerance)
         return []
 

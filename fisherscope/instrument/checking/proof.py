@@ -70,12 +70,18 @@ class Deviation:
         return self.size / self.tolerance
 
 
-def draw_weights(norms: Tensor, seed: int) -> Tensor:
-    """Random weights ``+-2^(k - round log2 |g_i|)``, k from 0 to 3, ``[n]`` float64."""
+def draw_weights(norms: Tensor, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Random weights ``+-2^(k - round log2 |g_i|)``, k from 0 to 3, ``[n]`` float64.
+
+    In float16 the gradients of activations reach the ends of its range, where a power of two does not pass
+    exactly: there only signs are drawn.
+    """
     generator = torch.Generator().manual_seed(seed)
     n = len(norms)
     signs = torch.randint(0, 2, (n,), generator=generator, dtype=torch.int64, device="cpu") * 2 - 1
     powers = torch.randint(0, _LARGEST_POWER + 1, (n,), generator=generator, dtype=torch.int64, device="cpu")
+    if dtype == torch.float16:
+        return signs.double()
     sizes = torch.where(norms > 0, norms, 1.0).log2().round()
     return signs * torch.exp2((powers - sizes).clamp(-_LARGEST_EXPONENT, _LARGEST_EXPONENT))
 
@@ -143,10 +149,10 @@ class Comparison:
             for axis in along:
                 pieces = wrong[axis] if member.partition is None else member.partition.sums(wrong[axis])
                 error = (pieces.sum(0, keepdim=True) if member.partition is None else pieces).sqrt()
-                size = max(size, float((error / scale).max()))
+                size = max(size, _largest(error / scale))
             dots = self._dots[name][k] if name in self._dots else torch.zeros_like(scale)
             off = (weights @ seen.dots[k] - dots).abs() / (scale * theta[k].clamp_min(1e-300))
-            product = max(product, float(off[theta[k] > 0].max()) if bool((theta[k] > 0).any()) else 0.0)
+            product = max(product, _largest(off[theta[k] > 0]))
         limit = self.tolerance.vector if self.parameters[name].dim() == 1 else self.tolerance.linear
         self.deviations.append(Deviation(name, "gradients", size, limit))
         self.deviations.append(Deviation(name, "products with the parameter", product, limit))
@@ -184,7 +190,7 @@ class SquareComparison:
             mine, other = seen.squares[k][self.sample], found[k][0]
             scale = mine + FLOOR**2 * whole
             off = (mine - other).abs() / scale.clamp_min(1e-300)
-            size = max(size, float(off[scale > 0].max()) if bool((scale > 0).any()) else 0.0)
+            size = max(size, _largest(off[scale > 0]))
         self._pending[name] = Deviation(name, "squares", size, self.tolerance.square)
 
     def finish(self) -> None:
@@ -220,6 +226,13 @@ def backward_with(
 def worst(deviations: Sequence[Deviation]) -> Deviation:
     """The one that is furthest beyond what it may be."""
     return max(deviations, key=lambda deviation: deviation.excess)
+
+
+def _largest(sizes: Tensor) -> float:
+    """The largest size, 0 for none; what is not finite is no agreement, and counts as infinite."""
+    if not sizes.numel():
+        return 0.0
+    return float(sizes.nan_to_num(nan=torch.inf, posinf=torch.inf).max())
 
 
 def _strided(gradient: Tensor) -> Tensor:
