@@ -345,8 +345,11 @@ def test_a_reference_that_is_not_finite_is_no_agreement() -> None:
     """NaN is compared with nothing: it does not pass for a deviation of 0."""
     from fisherscope.instrument.checking.proof import _largest
 
-    assert _largest(torch.tensor([0.1, torch.nan])) == torch.inf
-    assert _largest(torch.tensor([])) == 0.0
+    scale = torch.ones(2, dtype=torch.float64)
+    assert _largest(torch.tensor([0.1, torch.nan], dtype=torch.float64), scale) == torch.inf
+    assert _largest(torch.tensor([], dtype=torch.float64), scale[:0]) == 0.0
+    assert _largest(torch.zeros(2, dtype=torch.float64), 0 * scale) == 0.0
+    assert _largest(torch.ones(2, dtype=torch.float64), 0 * scale) == torch.inf
 
 
 def test_float16_with_small_gradients_is_judged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -149,10 +149,10 @@ class Comparison:
             for axis in along:
                 pieces = wrong[axis] if member.partition is None else member.partition.sums(wrong[axis])
                 error = (pieces.sum(0, keepdim=True) if member.partition is None else pieces).sqrt()
-                size = max(size, _largest(error / scale))
+                size = max(size, _largest(error, scale))
             dots = self._dots[name][k] if name in self._dots else torch.zeros_like(scale)
-            off = (weights @ seen.dots[k] - dots).abs() / (scale * theta[k].clamp_min(1e-300))
-            product = max(product, _largest(off[theta[k] > 0]))
+            off = (weights @ seen.dots[k] - dots).abs()
+            product = max(product, _largest(off, scale * theta[k]))
         limit = self.tolerance.vector if self.parameters[name].dim() == 1 else self.tolerance.linear
         self.deviations.append(Deviation(name, "gradients", size, limit))
         self.deviations.append(Deviation(name, "products with the parameter", product, limit))
@@ -189,8 +189,7 @@ class SquareComparison:
         for k in range(len(seen.members)):
             mine, other = seen.squares[k][self.sample], found[k][0]
             scale = mine + FLOOR**2 * whole
-            off = (mine - other).abs() / scale.clamp_min(1e-300)
-            size = max(size, _largest(off[scale > 0]))
+            size = max(size, _largest((mine - other).abs(), scale))
         self._pending[name] = Deviation(name, "squares", size, self.tolerance.square)
 
     def finish(self) -> None:
@@ -228,11 +227,13 @@ def worst(deviations: Sequence[Deviation]) -> Deviation:
     return max(deviations, key=lambda deviation: deviation.excess)
 
 
-def _largest(sizes: Tensor) -> float:
-    """The largest size, 0 for none; what is not finite is no agreement, and counts as infinite."""
-    if not sizes.numel():
-        return 0.0
-    return float(sizes.nan_to_num(nan=torch.inf, posinf=torch.inf).max())
+def _largest(errors: Tensor, scale: Tensor) -> float:
+    """The largest error relative to its scale, 0 for none.
+
+    Nothing on either side is agreement; what is not finite is none, and counts as infinite.
+    """
+    relative = torch.where(errors == 0, 0.0, errors / scale)
+    return float(relative.nan_to_num(nan=torch.inf, posinf=torch.inf).max()) if errors.numel() else 0.0
 
 
 def _strided(gradient: Tensor) -> Tensor:
