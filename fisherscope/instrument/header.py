@@ -13,9 +13,13 @@ from fisherscope.instrument.extensions import Positions
 from fisherscope.instrument.fingerprint import digest, tokenizer_digest, weights_digest
 from fisherscope.instrument.limits import BatchLimits
 from fisherscope.instrument.objectives import Objective
+from fisherscope.instrument.objectives.content import parts_of
 from fisherscope.instrument.options import CollectOptions
 from fisherscope.layout import ModelLayout
 from fisherscope.store import StoreHeader
+
+PARTS = "objective_parts"
+"""Where in the fingerprint stands what an objective of the user's own consists of."""
 
 
 def make_header(
@@ -57,6 +61,7 @@ def make_header(
         "dtype": str(dtype).removeprefix("torch."),
         "tokenizer": tokenizer_digest(tokenizer),
         "objective": objective.name,
+        **({PARTS: dict(objective.parts)} if objective.parts else {}),
         "parameters": digest(parameters),
         "pad_side": pad_side,
         "autocast": autocast_dtype(device),
@@ -73,6 +78,7 @@ def make_header(
         fisher_shape="groups" if fisher is None else fisher.shape,
         position_parameters=positions.chosen(layout, parameters) if positions else (),
         squares="wide",
+        state=tuple(f"{PARTS}.{name}" for name in state_of(objective)),
         options=identity
         | {"gradient_encodings": chosen.reason}
         | {"objective": objective.name, "max_samples": options.max_samples, "batch_size": options.batch_size}
@@ -80,6 +86,13 @@ def make_header(
         | {"batch_positions": limits.positions, "batch_rows": limits.rows},
         provenance=_provenance(model, device, dtype),
     )
+
+
+def state_of(objective: Objective) -> list[str]:
+    """Names of those parts of an objective that running it has changed since it was handed over."""
+    now = parts_of(objective.predict) if objective.parts else {}
+    before = objective.parts
+    return sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
 
 
 def autocast_dtype(device: torch.device) -> str | None:

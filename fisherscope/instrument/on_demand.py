@@ -19,6 +19,7 @@ from fisherscope.instrument.data import Labelling, Sample
 from fisherscope.instrument.extensions.base import Collector
 from fisherscope.instrument.fingerprint import weights_digest
 from fisherscope.instrument.guards import random_state
+from fisherscope.instrument.header import PARTS, state_of
 from fisherscope.instrument.model_facts import ModelFacts
 from fisherscope.instrument.objectives import Objective, resolve_objective
 from fisherscope.instrument.options import CollectOptions
@@ -28,6 +29,7 @@ from fisherscope.instrument.tasks import Tasks, prepare_tasks
 from fisherscope.layout import ModelLayout
 from fisherscope.store import ContributionStore
 from fisherscope.store.position_plan import side_of
+from fisherscope.store.schema import differences
 
 
 def check_same_run(store: ContributionStore, facts: ModelFacts, objective: Objective) -> None:
@@ -50,6 +52,23 @@ def check_same_run(store: ContributionStore, facts: ModelFacts, objective: Objec
         )
     if stored.get("weights") != weights_digest(facts.model):
         raise FingerprintError(f"{store.path} was collected from a model with other weights than this one")
+
+
+def refuse_other_objective(store: ContributionStore, objective: Objective) -> None:
+    """An objective of the user's own must refer to what that of the store did; it has run since it came.
+
+    Raises:
+        FingerprintError: it refers to something else.
+    """
+    stored = store.header.fingerprint.get(PARTS, {})
+    before, now = ({f"{PARTS}.{k}": v for k, v in parts.items()} for parts in (stored, objective.parts))
+    state = {*store.header.state, *(f"{PARTS}.{name}" for name in state_of(objective))}
+    if changes := differences(before, now, state):
+        raise FingerprintError(
+            f"the gradients of {store.path} are those of another objective. It differs in\n  "
+            + "\n  ".join(changes)
+            + "\nPass the same objective="
+        )
 
 
 def check_model(
@@ -205,6 +224,10 @@ class Rerun:
         """The instrumented weights of linear maps, each with its axis over output features."""
         return self._plan.batch_pass.linear_maps.output_axes
 
+    def prepare(self) -> None:
+        """Plan the batches; the objective is run on a few samples."""
+        _ = self._plan
+
     def run(self, collector: Collector) -> list[int]:
         """Feed a collector.
 
@@ -268,7 +291,10 @@ def rerun(
         samples = given_samples(store, places, every)
         given = {sample.key: sample for rows in every.values() for sample in rows}
     check_model(store, planner, objective, int(store.header.options.get("seed") or 0), given)
-    return Rerun(planner, facts, samples, objective, options)
+    again = Rerun(planner, facts, samples, objective, options)
+    again.prepare()
+    refuse_other_objective(store, objective)
+    return again
 
 
 def gradients_again(again: Rerun, parameters: Sequence[str]) -> dict[str, Tensor]:

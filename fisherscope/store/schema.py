@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -53,6 +53,8 @@ class StoreHeader:
         squares: "wide" where squares of any float32 gradient are held: group values as norms, and sums in
             snapshots in units of powers of two. "plain", as in the first stores: what float32 holds of them.
         position_parameters: matrices with stored contributions of single positions; may be empty.
+        state: keys of the fingerprint, with dots between levels, whose values the run itself changes, such as
+            a counter in a loss of the user's own: they are compared with nothing.
         options: of the collection, as used.
         provenance: versions, model name, command line: for readers, no part of the identity.
     """
@@ -67,12 +69,15 @@ class StoreHeader:
     fisher_shape: str = "full"
     position_parameters: tuple[str, ...] = ()
     squares: str = "plain"
+    state: tuple[str, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         gradient_dtype(self.gradient_dtype)
-        for text in leaves([self.fingerprint, self.options, self.provenance, self.layout.to_json()]):
+        for text in leaves(
+            [self.fingerprint, list(self.state), self.options, self.provenance, self.layout.to_json()]
+        ):
             if isinstance(text, str) and _CONTROL.search(text):
                 raise ValueError(f"{text!r} has control characters, which a terminal would obey")
         if self.normalization not in NORMALIZATIONS:
@@ -139,6 +144,7 @@ class StoreHeader:
             "fisher_shape": self.fisher_shape,
             "position_parameters": list(self.position_parameters),
             "squares": self.squares,
+            "state": list(self.state),
             "options": self.options,
             "provenance": self.provenance,
         }
@@ -154,7 +160,7 @@ class StoreHeader:
         for key, kind in _FIELDS.items():
             if not isinstance(data.get(key), kind):
                 raise ValueError(f"{key!r} is missing or no {kind.__name__}")  # noqa: TRY004 - damage, not misuse
-        for key in ("parameters", "gradient_parameters", "position_parameters", "requires"):
+        for key in ("parameters", "gradient_parameters", "position_parameters", "requires", "state"):
             if not all(isinstance(name, str) for name in data[key]):
                 raise ValueError(f"{key!r} holds something else than names")
         if _pieces(data["layout"]) > MAX_PIECES:
@@ -170,6 +176,7 @@ class StoreHeader:
             fisher_shape=data["fisher_shape"],
             position_parameters=tuple(data["position_parameters"]),
             squares=data["squares"],
+            state=tuple(data["state"]),
             options=data["options"],
             provenance=data["provenance"],
         )
@@ -197,11 +204,12 @@ _FIELDS: dict[str, type] = {
     "fisher_shape": str,
     "position_parameters": list,
     "squares": str,
+    "state": list,
     "options": dict,
     "provenance": dict,
 }
 # what a key that may be absent then stands for
-_ABSENT: dict[str, Any] = {"position_parameters": [], "requires": [], "squares": "plain"}
+_ABSENT: dict[str, Any] = {"position_parameters": [], "requires": [], "squares": "plain", "state": []}
 
 
 def encode_header(header: StoreHeader) -> bytes:
@@ -279,18 +287,22 @@ def check_identity(old: StoreHeader, new: StoreHeader, root: Path) -> None:
     Raises:
         FingerprintError: fingerprints or what is stored differ; the message names every key that does.
     """
-    before, after = _identity(old), _identity(new)
-    changes = [
-        f"{key}: {_short(before.get(key, '<absent>'))} in the store, {_short(after.get(key, '<absent>'))} now"
-        for key in sorted(before.keys() | after.keys())
-        if key not in before or key not in after or before[key] != after[key]
-    ]
-    if changes:
+    state = {*old.state, *new.state}
+    if changes := differences(_identity(old), _identity(new), state):
         raise FingerprintError(
             f"{root} was written by another run. It differs in\n  "
             + "\n  ".join(changes)
             + "\nUse the same model, data and options to resume it, or collect into another directory"
         )
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any], state: Iterable[str] = ()) -> list[str]:
+    """What is another value now, in words, but for the keys that are state."""
+    return [
+        f"{key}: {_short(before.get(key, '<absent>'))} in the store, {_short(after.get(key, '<absent>'))} now"
+        for key in sorted((before.keys() | after.keys()) - set(state))
+        if key not in before or key not in after or before[key] != after[key]
+    ]
 
 
 def _identity(header: StoreHeader) -> dict[str, Any]:

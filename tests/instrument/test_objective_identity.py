@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import re
 import sys
+import threading
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from scipy import sparse
 from torch import nn
 from torch.nn import functional as F
 
 import fisherscope as fs
 from fisherscope.errors import FingerprintError
-from fisherscope.instrument.objectives.identity import identity
+from fisherscope.instrument.objectives.content import parts_of
 from tests import models
 
 TEMPERATURE = 1.0
@@ -121,6 +125,10 @@ PAIRS: dict[str, tuple[Any, Any]] = {
     "dataclass": (_options(scale=1.0), _options(scale=2.0)),
     "deep": (_closing([[[[[[[[[1.0]]]]]]]]]), _closing([[[[[[[[[2.0]]]]]]]]])),
     "namespace": (_closing(types.SimpleNamespace(t=1)), _closing(types.SimpleNamespace(t=2))),
+    "pandas": (_closing(pd.DataFrame({"a": [1.0]})), _closing(pd.DataFrame({"a": [1.1]}))),
+    "series of texts": (_closing(pd.Series(["a"])), _closing(pd.Series(["b"]))),
+    "pattern": (_closing(re.compile("a")), _closing(re.compile("b"))),
+    "sparse matrix": (_closing(sparse.eye(2).tocsr()), _closing(2 * sparse.eye(2).tocsr())),
     "path": (_closing(Path("a")), _closing(Path("b"))),
     "module attribute": (_module(), _module(lambda m: setattr(m, "t", 5.0))),
     "module parameter": (_module(), _module(lambda m: m.gain.data.mul_(2))),
@@ -138,8 +146,8 @@ PAIRS: dict[str, tuple[Any, Any]] = {
 def test_values_that_decide_are_part_of_it(pair: str) -> None:
     """Whatever holds the value: two functions that differ in it are two, and each is itself again."""
     first, second = PAIRS[pair]
-    assert identity(first) != identity(second)
-    assert identity(first) == identity(first)
+    assert parts_of(first) != parts_of(second)
+    assert parts_of(first) == parts_of(first)
 
 
 def test_globals_count_through_functions_classes_and_modules(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,21 +160,21 @@ def test_globals_count_through_functions_classes_and_modules(monkeypatch: pytest
         compile("lambda m, b: losses.scale", "x", "eval").co_consts[0], globals(), "by_module"
     )
     functions = (_by_global, _by_helper, Loss(), by_module)
-    before = [identity(f) for f in functions]
+    before = [parts_of(f) for f in functions]
     monkeypatch.setattr(sys.modules[__name__], "TEMPERATURE", 5.0)
     own.scale = 2.0  # type: ignore[attr-defined]
-    assert all(a != b for a, b in zip(before, map(identity, functions), strict=True))
+    assert all(a != b for a, b in zip(before, map(parts_of, functions), strict=True))
     monkeypatch.setattr(sys.modules[__name__], "TEMPERATURE", 1.0)
     own.scale = 1.0  # type: ignore[attr-defined]
-    assert before == [identity(f) for f in functions]
+    assert before == [parts_of(f) for f in functions]
     monkeypatch.setitem(TABLE["b"], "c", (2, 2.5))
-    assert identity(_by_helper) != before[1]
+    assert parts_of(_by_helper) != before[1]
     monkeypatch.setattr(Loss, "share", 0.25)
-    assert identity(Loss()) != before[2]
+    assert parts_of(Loss()) != before[2]
 
 
 def test_what_decides_nothing_is_no_part_of_it() -> None:
-    """Lines, comments, addresses, the order of sets and dicts, what a cache remembers, a counter of calls."""
+    """Lines, comments, addresses, the order of sets and dicts, what a cache remembers."""
     plain = "def loss(model, batch):\n    return {1, 2, 3} and len('abc')\n"
     moved = f"\n\n# a comment\n{plain}"
     documented = plain.replace(":\n", ":\n    'What it does.'\n", 1)
@@ -174,20 +182,103 @@ def test_what_decides_nothing_is_no_part_of_it() -> None:
     for text in (plain, moved, documented):
         space: dict[str, Any] = {"__name__": "mine"}
         exec(compile(text, "elsewhere.py", "exec"), space)
-        found.append(identity(space["loss"]))
+        found.append(parts_of(space["loss"]))
     assert found[0] == found[1]
-    assert identity(_closing({"a": 1, "b": 2})) == identity(_closing({"b": 2, "a": 1}))
-    assert identity(_closing({"x", "y", "z"})) == identity(_closing({"z", "y", "x"}))
-    assert identity(_closing(object())) == identity(_closing(object()))
+    assert parts_of(_closing({"a": 1, "b": 2})) == parts_of(_closing({"b": 2, "a": 1}))
+    assert parts_of(_closing({"x", "y", "z"})) == parts_of(_closing({"z", "y", "x"}))
+    assert parts_of(_closing(object())) == parts_of(_closing(object()))
+    assert parts_of(_closing(threading.Lock())) == parts_of(_closing(threading.Lock()))
     cached = functools.lru_cache(lambda x: x)
-    before = identity(_closing(cached)), identity(_counting)
+    before = parts_of(_closing(cached))
     cached(3)
     loss = Loss()
-    first = identity(loss)
-    loss.calls += 7
-    globals()["CALLS"] += 3
+    first = parts_of(loss)
     loss.eval().requires_grad_(False)
-    assert (identity(_closing(cached)), identity(_counting), identity(loss)) == (*before, first)
+    assert (parts_of(_closing(cached)), parts_of(loss)) == (before, first)
+    compiled = torch.compile(_by_global, backend="eager")
+    assert parts_of(compiled) == parts_of(_by_global)
+
+
+class Logging:
+    """A loss that keeps a log, counts, and computes what it needs once."""
+
+    def __init__(self, factor: float = 1.0) -> None:
+        self.factor = factor
+        self.calls = 0
+        self.log: list[float] = []
+        self.notes: dict[str, Any] = {"calls": 0, "factor": 1.0}
+
+    def set_factor(self, factor: float) -> None:
+        """Another loss from now on."""
+        self.factor = factor
+
+    @functools.cached_property
+    def gain(self) -> float:
+        """Something slow."""
+        return 1.0
+
+    def __call__(self, model: Any, batch: Any) -> Any:
+        """Log and scale."""
+        self.calls += 1
+        self.notes["calls"] += 1
+        HISTORY.append(len(batch.rows))
+        found = _by_global(model, batch) * self.factor * self.notes["factor"] * self.gain
+        self.log.append(float(found.detach().sum()))
+        return found
+
+
+HISTORY: list[int] = []
+
+
+def test_what_running_changes_is_state(tmp_path: Path) -> None:
+    """Logs, counters and computed properties are not compared; what others set is, wherever it stands."""
+    rows = models.rows(8)
+    scope = fs.wrap(models.build(models.named("llama")))
+    loss, out = Logging(), tmp_path / "run.fs"
+    store = scope.collect({"a": rows[:4]}, out, objective=loss, quiet=True)
+    assert set(store.header.state) == {
+        "objective_parts.calls",
+        "objective_parts.gain",
+        "objective_parts.log",
+        "objective_parts.notes.calls",
+        "objective_parts.Logging.__call__.HISTORY",
+    }
+    scope.collect({"a": rows[:6]}, out, objective=loss, quiet=True)
+    scope.collect({"a": rows[:7]}, out, objective=Logging(), quiet=True)
+    assert scope.gradients(store, ["a_1"], objective=loss)
+    loss.set_factor(1.0 + 1e-9)  # no probe would see that
+    for call in (
+        lambda: scope.collect({"a": rows}, out, objective=loss, quiet=True),
+        lambda: scope.gradients(store, ["a_1"], objective=loss),
+    ):
+        with pytest.raises(FingerprintError, match=r"objective_parts\.factor: '1\.0' in the store, '1\.000"):
+            call()
+    loss.set_factor(1.0)
+    loss.notes["factor"] = 1.0 - 1e-9
+    with pytest.raises(FingerprintError, match=r"objective_parts\.notes\.factor"):
+        scope.collect({"a": rows}, out, objective=loss, quiet=True)
+    # a store that was begun with what had run already
+    other = Logging()
+    other(scope.model, _batch_of(rows[0]))
+    scope.collect({"a": rows[:4]}, tmp_path / "other.fs", objective=other, quiet=True)
+    scope.collect({"a": rows[:6]}, tmp_path / "other.fs", objective=Logging(), quiet=True)
+
+
+def _batch_of(row: dict[str, Any]) -> Any:
+    ids = torch.tensor([row["input_ids"]], dtype=torch.int64, device="cpu")
+    places = torch.arange(ids.shape[1], dtype=torch.int64, device="cpu").unsqueeze(0)
+    return types.SimpleNamespace(
+        rows=(0,), input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=places, labels=ids
+    )
+
+
+def test_a_compiled_objective(tmp_path: Path) -> None:
+    """It is the function that was compiled, and can be run again."""
+    rows = models.rows(5)
+    scope = fs.wrap(models.build(models.named("llama")))
+    compiled = torch.compile(_by_global, backend="eager")
+    scope.collect({"a": rows[:3]}, tmp_path / "run.fs", objective=compiled, quiet=True)
+    scope.collect({"a": rows}, tmp_path / "run.fs", objective=compiled, quiet=True)
 
 
 def test_cycles_and_self_reference_end() -> None:
@@ -198,7 +289,7 @@ def test_cycles_and_self_reference_end() -> None:
     def recursive(model: Any, batch: Any) -> Any:
         return recursive(model, batch) if loop else None
 
-    assert identity(recursive) == identity(recursive)
+    assert parts_of(recursive) == parts_of(recursive)
 
 
 def test_the_probe_sees_what_the_identity_does_not(tmp_path: Path) -> None:
@@ -211,7 +302,6 @@ def test_the_probe_sees_what_the_identity_does_not(tmp_path: Path) -> None:
 
     first, second = Sneaky(), Sneaky()
     second.t = 5.0
-    assert identity(first) == identity(second)
     rows = models.rows(6)
     scope = fs.wrap(models.build(models.named("llama")))
     store = scope.collect({"a": rows[:4]}, tmp_path / "run.fs", objective=first, quiet=True)

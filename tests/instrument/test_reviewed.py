@@ -16,7 +16,7 @@ import fisherscope as fs
 from fisherscope.errors import AdapterError, DataError, FisherscopeError
 from fisherscope.instrument.batch import Batch
 from fisherscope.instrument.objectives import CAUSAL_LM
-from fisherscope.instrument.objectives.identity import identity
+from fisherscope.instrument.objectives.content import parts_of
 from tests import models
 from tests.instrument.test_memory import Cramped
 from tests.instrument.test_objectives import BART, CASES, SMALL, make
@@ -242,9 +242,9 @@ def test_identity_covers_state() -> None:
         return lambda model, batch: 1.0 * inner(model, batch)
 
     one, same, other = Scaled(1.0), Scaled(1.0), Scaled(2.0)
-    assert identity(one) == identity(same) != identity(other)
-    assert identity(one.loss) == identity(same.loss) != identity(other.loss)
-    assert identity(around(one)) == identity(around(same)) != identity(around(other))
+    assert parts_of(one) == parts_of(same) != parts_of(other)
+    assert parts_of(one.loss) == parts_of(same.loss) != parts_of(other.loss)
+    assert parts_of(around(one)) == parts_of(around(same)) != parts_of(around(other))
 
 
 def test_predictions_are_checked() -> None:

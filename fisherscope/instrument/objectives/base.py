@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -77,6 +77,8 @@ class Objective:
         labelling: what the labels stand beside.
         label_range: whether labels are token ids or classes.
         is_drawn: whether rows are changed at random, as by masking, so that samples depend on the seed.
+        parts: what decides the results of a function of the user's own, by name, as it was when it was handed
+            over; nothing for fisherscope's own.
     """
 
     name: str
@@ -85,6 +87,7 @@ class Objective:
     labelling: Labelling = "next"
     label_range: Literal["vocabulary", "classes"] = "vocabulary"
     is_drawn: bool = False
+    parts: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def is_named(self) -> bool:

@@ -1,23 +1,13 @@
-"""Plain data that stands for what a function of the user's own does and refers to."""
+"""What a function of the user's own does and refers to, by name, in texts that can be compared and read."""
 
 from __future__ import annotations
 
-import dis
+import copyreg
 import hashlib
 import re
-import sys
-import sysconfig
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from pathlib import Path
-from types import (
-    BuiltinFunctionType,
-    CodeType,
-    FunctionType,
-    MethodType,
-    ModuleType,
-    SimpleNamespace,
-)
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -25,177 +15,243 @@ import torch
 from torch import Tensor, nn
 
 from fisherscope.instrument.fingerprint import tensor_digest
-
-_MOST = 20_000  # values that are looked into; what lies behind them counts by its type
-_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
-_LIBRARIES = tuple(
-    str(Path(path).resolve()) for path in {sysconfig.get_path(k) for k in ("stdlib", "purelib", "platlib")}
+from fisherscope.instrument.objectives.code import (
+    Origin,
+    code_of,
+    function_in,
+    members_of,
+    names_in,
 )
+
+_MOST_VALUES = 20_000  # values that are looked into; what lies behind them counts by its type
+_MOST_PARTS = 500
+_MOST_ENTRIES = 64  # of a dict whose entries are parts of their own
+_DEEPEST = 100
+_LONGEST = 60  # characters of a value that is shown
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 # what a module of torch keeps for itself; parameters, buffers and submodules are looked at by name
 _OF_MODULES = ("training", "_is_full_backward_hook", "_non_persistent_buffers_set", "_compiled_call_impl")
 # fields of a config that say how and by what it was saved
 _OF_CONFIGS = ("use_cache", "architectures", "dtype", "torch_dtype", "transformers_version")
-# attributes of a class that Python makes
-_OF_CLASSES = ("__module__", "__dict__", "__weakref__", "__doc__", "__firstlineno__", "__static_attributes__")
-# what these write is what an object is begun with
-_SETTING_UP = ("__init__", "__post_init__", "__new__", "__setattr__", "__setstate__")
-_WRITES = {"STORE_GLOBAL", "DELETE_GLOBAL", "STORE_DEREF", "STORE_ATTR"}
 
 
-class Content:
-    """Walks values, each once; an address in memory identifies nothing."""
+def parts_of(function: Any) -> dict[str, str]:
+    """What decides a function's results, by name.
 
-    def __init__(self, root: Any) -> None:
-        """The package of the root counts as the user's own, wherever it is installed."""
-        self._package = str(getattr(root, "__module__", None) or type(root).__module__).partition(".")[0]
-        self._seen: dict[int, int] = {}
+    That is its code and defaults, what it closes over, the globals that it names, the object that it is a
+    method of, and so on for the functions, classes and objects of the user's own found there. Objects of
+    libraries count by what pickle would save of them, and by their type where it could not, as for an open
+    file. An address in memory identifies nothing.
+
+    Returns:
+        Name, such as "TEMPERATURE" or "self.options.scale", -> the value where it is short, or a digest.
+    """
+    content = _Content(Origin.of(function))
+    content.add("", function)
+    return _at_most(content.parts, _MOST_PARTS)
+
+
+class _NoValueError(Exception):
+    """Not even pickle can say what this object is."""
+
+
+class _Content:
+    """Walks values, each once."""
+
+    def __init__(self, origin: Origin, *, strict: bool = False, depth: int = 0) -> None:
+        self.parts: dict[str, str] = {}
+        self._origin = origin
+        self._strict = strict  # inside of a library's object
+        self._depth = depth
+        self._seen: dict[int, str] = {}
         self._kept: list[Any] = []  # ids are those of living objects
-        self._written: set[str] = set()
 
-    def of(self, value: Any) -> Any:
-        """Plain data for a value."""
+    def add(self, path: str, value: Any) -> None:
+        """Note what stands at a path."""
         if value is None or _is_plain(value):
-            return repr(value) if isinstance(value, float | complex) else value
-        if isinstance(value, np.generic):
-            return str(value.dtype), repr(value.item())
-        if isinstance(value, torch.dtype | torch.device | torch.Size | range | slice | type(...)):
-            return repr(value)
-        if id(value) in self._seen:
-            return "seen", self._seen[id(value)]
-        if len(self._seen) >= _MOST:
-            return type(value).__qualname__
-        self._seen[id(value)] = len(self._seen)
-        self._kept.append(value)
-        return self._deep(value)
+            self._note(path, repr(value))
+        elif isinstance(value, np.generic):
+            self._note(path, f"{value.dtype} {value.item()!r}")
+        elif isinstance(value, torch.dtype | torch.device | torch.Size | range | slice | type(...)):
+            self._note(path, repr(value))
+        elif id(value) in self._seen:
+            self._note(path, f"as {self._seen[id(value)] or 'itself'}")
+        elif len(self._seen) >= _MOST_VALUES or self._depth > _DEEPEST:
+            self._note(path, type(value).__qualname__)
+        else:
+            self._seen[id(value)] = path
+            self._kept.append(value)
+            self._depth += 1
+            self._add_deep(path, value)
+            self._depth -= 1
 
-    def _deep(self, value: Any) -> Any:
-        kinds: tuple[tuple[Any, Callable[[Any], Any]], ...] = (
-            (Tensor, lambda v: ("tensor", tensor_digest(v))),
-            (np.ndarray, self._array),
-            (list | tuple, lambda v: (type(v).__name__, [self.of(item) for item in v])),
-            # what was seen would depend on the order, which is another in each process
-            (set | frozenset, lambda v: ("set", sorted(repr(self._apart().of(item)) for item in v))),
-            (Mapping, lambda v: (type(v).__name__, self._mapping(v))),
-            (FunctionType, self._function),
-            (MethodType, lambda v: (self.of(v.__func__), self.of(v.__self__))),
-            (partial, lambda v: ("partial", self.of(v.func), self.of(v.args), self.of(v.keywords))),
-            (type, self._class),
-            (ModuleType | BuiltinFunctionType, lambda v: v.__name__),
-            (nn.Module, self._module),
-            (object, self._object),
+    def _add_deep(self, path: str, value: Any) -> None:
+        kinds: tuple[tuple[Any, Callable[[str, Any], None]], ...] = (
+            (Tensor, lambda p, v: self._note(p, f"tensor {tuple(v.shape)} {tensor_digest(v)[:16]}")),
+            (np.ndarray, self._add_array),
+            (list | tuple, lambda p, v: self._note(p, self._whole(type(v).__name__, enumerate(v)))),
+            (set | frozenset, self._add_set),
+            (Mapping, self._add_mapping),
+            (FunctionType, self._add_function),
+            (MethodType, self._add_method),
+            (partial, self._add_partial),
+            (type, self._add_class),
+            (ModuleType | BuiltinFunctionType, lambda p, v: self._note(p, v.__name__)),
+            (nn.Module, self._add_module),
+            (object, self._add_object),
         )
-        return next(make(value) for kind, make in kinds if isinstance(value, kind))
+        next(add(path, value) for kind, add in kinds if isinstance(value, kind))
 
-    def _array(self, value: np.ndarray[Any, Any]) -> Any:
+    def _note(self, path: str, text: str) -> None:
+        text = ascii(text)[1:-1] if not (text.isascii() and text.isprintable()) else text
+        self.parts[path] = text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]}... {_digest(text)}"
+
+    def _add_array(self, path: str, value: np.ndarray[Any, Any]) -> None:
         if value.dtype.hasobject:
-            return "array", value.shape, [self.of(item) for item in value.ravel().tolist()]
-        raw = np.ascontiguousarray(value).tobytes()
-        return "array", value.shape, str(value.dtype), hashlib.sha256(raw).hexdigest()
+            self._note(path, self._whole(f"array {value.shape}", enumerate(value.ravel().tolist())))
+        else:
+            raw = np.ascontiguousarray(value).tobytes()
+            self._note(path, f"array {value.shape} {value.dtype} {hashlib.sha256(raw).hexdigest()[:16]}")
 
-    def _mapping(self, value: Mapping[Any, Any]) -> Any:
-        items = [(key, value[key]) for key in value if str(key) not in self._written]
-        return [(_key(key), self.of(item)) for key, item in sorted(items, key=lambda item: _key(item[0]))]
+    def _add_set(self, path: str, value: Iterable[Any]) -> None:
+        each = sorted(self._whole("", [("", item)]) for item in value)
+        self._note(path, f"set {len(each)} {_digest(repr(each))}")
 
-    def _function(self, function: FunctionType) -> Any:
-        if not self._is_own(function):
-            return f"{function.__module__}.{function.__qualname__}"
-        code = function.__code__
-        self._written.update(_written(function))
-        cells = {}
-        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-            if name not in self._written:
-                try:
-                    cells[name] = self.of(cell.cell_contents)
-                except ValueError:  # not filled yet
-                    cells[name] = None
-        named = [name for name in sorted(_names(code)) if name not in self._written]
-        found = {name: function.__globals__[name] for name in named if name in function.__globals__}
-        return (
-            _code(code, function.__doc__),
-            self.of(function.__defaults__),
-            self.of(function.__kwdefaults__),
-            sorted(cells.items()),
-            [(name, self._global(value, named)) for name, value in found.items()],
-            self._mapping({k: v for k, v in vars(function).items() if k != "__wrapped__"}),
-            self.of(getattr(function, "__wrapped__", None)),
-        )
+    def _add_mapping(self, path: str, value: Mapping[Any, Any]) -> None:
+        self._note(_join(path, "()"), type(value).__name__)
+        self._add_named(path, {_key(key): value[key] for key in value})
 
-    def _global(self, value: Any, named: list[str]) -> Any:
+    def _add_named(self, path: str, named: Mapping[str, Any]) -> None:
+        """Parts with names, in an order that does not depend on how they came."""
+        if len(named) > _MOST_ENTRIES:
+            self._note(path, self._whole(f"{len(named)} entries", sorted(named.items())))
+        else:
+            for name in sorted(named):
+                self.add(_join(path, name), named[name])
+
+    def _whole(self, kind: str, named: Iterable[tuple[Any, Any]]) -> str:
+        """Many values in one text."""
+        inner = self._apart()
+        for name, value in named:
+            inner.add(str(name), value)
+        texts = ", ".join(inner.parts.values())
+        if len(texts) <= _LONGEST // 2 and all(name.isdecimal() for name in inner.parts):
+            return f"{kind} [{texts}]"
+        return f"{kind} {_digest(repr(sorted(inner.parts.items())))}"
+
+    def _add_function(self, path: str, function: FunctionType) -> None:
+        own = vars(function)
+        if (compiled := own.get("_torchdynamo_orig_callable")) is not None:
+            self.add(path, compiled)
+            return
+        if not self._origin.is_own(function.__module__):
+            self._note(path, f"{function.__module__}.{function.__qualname__}")
+            return
+        self._note(_join(path, "code"), code_of(function))
+        for number, value in enumerate(function.__defaults__ or ()):
+            self.add(_join(path, f"default {number}"), value)
+        self._add_named(path, function.__kwdefaults__ or {})
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            try:
+                self.add(_join(path, name), cell.cell_contents)
+            except ValueError:  # not filled yet
+                self._note(_join(path, name), "not set")
+        named = sorted(names_in(function))
+        for name in named:
+            if name in function.__globals__:
+                self._add_global(_join(path, name), function.__globals__[name], named)
+        self._add_named(path, {name: value for name, value in own.items() if name != "__wrapped__"})
+        if "__wrapped__" in own:
+            self.add(_join(path, "wrapped"), own["__wrapped__"])
+
+    def _add_global(self, path: str, value: Any, named: list[str]) -> None:
         """What a global is; of a module of the user's own that which the code may mean by its names."""
-        if not isinstance(value, ModuleType) or _is_library(value, self._package):
-            return self.of(value)
-        return value.__name__, [(n, self.of(vars(value)[n])) for n in named if n in vars(value)]
+        if not isinstance(value, ModuleType) or not self._origin.is_own(value.__name__):
+            self.add(path, value)
+        else:
+            self._add_named(path, {name: vars(value)[name] for name in named if name in vars(value)})
 
-    def _class(self, cls: type) -> Any:
-        name = f"{cls.__module__}.{cls.__qualname__}"
-        if _is_library(sys.modules.get(cls.__module__), self._package):
-            return name
-        own = {k: v for k, v in vars(cls).items() if k not in _OF_CLASSES and not _is_descriptor(v)}
-        for value in own.values():
-            if (inner := _function_in(value)) is not None:
-                self._written.update(_written(inner))
-        bases = [self.of(base) for base in cls.__bases__]
-        members = [
-            (k, self.of(_function_in(v) or v)) for k, v in sorted(own.items()) if k not in self._written
-        ]
-        return cls.__qualname__, bases, members
+    def _add_method(self, path: str, method: MethodType) -> None:
+        self.add(_join(path, "method"), method.__func__)
+        self.add(_join(path, "self"), method.__self__)
 
-    def _module(self, module: nn.Module) -> Any:
-        kind = self.of(type(module))
-        weights = [
-            (name, self.of(value))
-            for name, value in [*module.named_parameters(), *module.named_buffers()]
-            if name.rpartition(".")[2] not in self._written
-        ]
+    def _add_partial(self, path: str, value: partial[Any]) -> None:
+        self.add(path, value.func)
+        for number, argument in enumerate(value.args):
+            self.add(_join(path, f"argument {number}"), argument)
+        self._add_named(path, value.keywords)
+
+    def _add_class(self, path: str, cls: type) -> None:
+        if not self._origin.is_own(cls.__module__):
+            self._note(path, f"{cls.__module__}.{cls.__qualname__}")
+            return
+        for base in cls.__bases__:
+            self.add(_join(path, base.__qualname__), base)
+        members = members_of(cls)
+        self._add_named(path, {name: function_in(value) or value for name, value in members.items()})
+
+    def _add_module(self, path: str, module: nn.Module) -> None:
+        if (inner := vars(module).get("_modules", {}).get("_orig_mod")) is not None:
+            self.add(path, inner)  # what torch.compile made
+            return
+        self.add(_join(path, type(module).__qualname__), type(module))
+        weights = [*module.named_parameters(), *module.named_buffers()]
+        self._add_named(_join(path, "weights"), {name: value.detach() for name, value in weights})
         if hasattr(module, "config"):
-            return kind, weights  # a model: its attributes are the library's
-        parts = []
-        for path, part in module.named_modules():
-            inner = self.of(type(part))
-            kept = {
-                key: value
-                for key, value in vars(part).items()
-                if key not in _OF_MODULES
-                and not key.endswith("_hooks")
-                and "_hooks_" not in key
-                and key not in {"_parameters", "_buffers", "_modules"}
-            }
-            parts.append((path, inner, self._mapping(kept)))
-        return kind, weights, parts
+            return  # a model: its attributes are the library's
+        for name, part in module.named_modules():
+            inner_path = _join(path, name) if name else path
+            if name:
+                self.add(_join(inner_path, type(part).__qualname__), type(part))
+            self._add_named(inner_path, _attributes(part))
 
-    def _object(self, value: Any) -> Any:
-        kind = self.of(type(value))
-        module = type(value).__module__.partition(".")[0]
+    def _add_object(self, path: str, value: Any) -> None:
+        kind = type(value)
         if hasattr(value, "get_vocab"):
-            return kind, hashlib.sha256(repr(sorted(value.get_vocab().items())).encode()).hexdigest()
-        if module == "transformers" and hasattr(value, "to_dict"):
-            fields = value.to_dict()
-            return kind, self._mapping(
-                {k: v for k, v in fields.items() if k not in _OF_CONFIGS and k[0] != "_"}
-            )
-        wrapped = getattr(value, "__wrapped__", None)
-        if isinstance(wrapped, FunctionType):
-            return kind, self.of(wrapped)  # such as what lru_cache makes: what it remembers is no part of it
-        library = module in sys.stdlib_module_names and not isinstance(value, SimpleNamespace)
-        if library and module not in {"argparse", "types", "dataclasses"}:
-            return kind, _words(value)
-        state = dict(getattr(value, "__dict__", {}))
-        for cls in type(value).__mro__:
-            slots = vars(cls).get("__slots__", ())
-            for slot in (slots,) if isinstance(slots, str) else slots:
-                if hasattr(value, slot) and slot not in {"__dict__", "__weakref__"}:
-                    state[slot] = getattr(value, slot)
-        has_state = bool(state) or hasattr(value, "__dict__")
-        return (kind, self._mapping(state)) if has_state else (kind, _words(value))
+            self._note(path, f"{kind.__qualname__} {_digest(repr(sorted(value.get_vocab().items())))}")
+        elif kind.__module__.partition(".")[0] == "transformers" and hasattr(value, "to_dict"):
+            fields = {k: v for k, v in value.to_dict().items() if k not in _OF_CONFIGS and k[0] != "_"}
+            self._note(path, self._whole(kind.__qualname__, sorted(fields.items())))
+        elif isinstance(wrapped := getattr(value, "__wrapped__", None), FunctionType):
+            self.add(path, wrapped)  # such as what lru_cache makes: what it remembers is no part of it
+        elif self._origin.is_own(kind.__module__):
+            self.add(_join(path, kind.__qualname__), kind)
+            self._add_named(path, _state(value))
+        elif self._strict:
+            self._note(path, self._pickled(value))
+        else:
+            self._note(path, self._of_library(value))
 
-    def _is_own(self, function: FunctionType) -> bool:
-        return not _is_library(sys.modules.get(function.__module__ or ""), self._package)
+    def _of_library(self, value: Any) -> str:
+        """A library's object is what pickle would save of it; where it would not, as of a lock, its type."""
+        try:
+            saved = self._pickled(value)
+        except _NoValueError:
+            return type(value).__qualname__
+        words = repr(value) if _repr_of(type(value)) != _repr_of(object) else ""
+        is_short = len(words) <= _LONGEST // 2 and words.isprintable() and not _ADDRESS.search(words)
+        return f"{words if words and is_short else type(value).__qualname__} {_digest(saved)}"
 
-    def _apart(self) -> Content:
-        other = Content(None)
-        other._package, other._seen, other._written = self._package, dict(self._seen), self._written
-        other._kept = self._kept
-        return other
+    def _pickled(self, value: Any) -> str:
+        try:
+            own = copyreg.dispatch_table.get(type(value))
+            reduced = value.__reduce_ex__(4) if own is None else own(value)
+            if isinstance(reduced, str):
+                return f"{type(value).__qualname__} {reduced}"
+            made, state, items, entries = (*reduced, None, None, None, None)[1:5]
+            saved = (reduced[0], made, state, list(items or ()), list(entries or ()))
+        except Exception as error:
+            raise _NoValueError from error
+        inner = self._apart(strict=True)
+        for number, each in enumerate(saved):
+            inner.add(str(number), each)
+        return f"{type(value).__qualname__} {_digest(repr(sorted(inner.parts.items())))}"
+
+    def _apart(self, *, strict: bool = False) -> _Content:
+        """Parts that become one: what was seen before is known there, and not the other way round."""
+        inner = _Content(self._origin, strict=strict or self._strict, depth=self._depth)
+        inner._seen, inner._kept = dict(self._seen), self._kept
+        return inner
 
 
 def _is_plain(value: Any) -> bool:
@@ -203,84 +259,58 @@ def _is_plain(value: Any) -> bool:
 
 
 def _key(key: Any) -> str:
-    return repr(key) if key is None or _is_plain(key) else _ADDRESS.sub("", str(key))
+    return key if type(key) is str else _ADDRESS.sub("", repr(key))
 
 
-def _words(value: Any) -> Any:
-    """How a value of a library's type reads, where that tells what it is."""
-    words = repr(value) if _repr_of(type(value)) != _repr_of(object) else ""
-    if _ADDRESS.search(words) or type(value).__module__.partition(".")[0] in {
-        "logging",
-        "threading",
-        "random",
-    }:
-        return None
-    return words
+def _join(path: str, name: str) -> str:
+    name = name if name.isascii() and name.isprintable() else ascii(name)
+    name = name if len(name) <= _LONGEST else f"{name[: _LONGEST // 2]}... {_digest(name)}"
+    return f"{path}.{name}" if path else name
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """What the user has set on a module of torch."""
+    return {
+        key: value
+        for key, value in vars(module).items()
+        if key not in _OF_MODULES
+        and not key.endswith("_hooks")
+        and "_hooks_" not in key
+        and key not in {"_parameters", "_buffers", "_modules"}
+    }
+
+
+def _state(value: Any) -> dict[str, Any]:
+    """The attributes of an object, those in slots included."""
+    state = dict(getattr(value, "__dict__", {}))
+    for cls in type(value).__mro__:
+        slots = vars(cls).get("__slots__", ())
+        for slot in (slots,) if isinstance(slots, str) else slots:
+            if hasattr(value, slot) and slot not in {"__dict__", "__weakref__"}:
+                state[slot] = getattr(value, slot)
+    return state
 
 
 def _repr_of(kind: type) -> Any:
     return kind.__repr__
 
 
-def _is_library(module: ModuleType | None, package: str) -> bool:
-    """Whether a module comes from Python or an installed package other than this one."""
-    name = getattr(module, "__name__", "")
-    top = name.partition(".")[0]
-    if module is None or top in {"__main__", package}:
-        return False
-    if top == "fisherscope" or top in sys.stdlib_module_names:
-        return True
-    file = getattr(module, "__file__", None)
-    return file is not None and str(Path(file).resolve()).startswith(_LIBRARIES)
-
-
-def _is_descriptor(value: Any) -> bool:
-    return type(value).__name__ in {"getset_descriptor", "member_descriptor", "wrapper_descriptor"}
-
-
-def _function_in(value: Any) -> FunctionType | None:
-    """The function in a member of a class."""
-    inner = getattr(value, "__func__", getattr(value, "fget", value))
-    return inner if isinstance(inner, FunctionType) else None
-
-
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _codes(constant)
-
-
-def _names(code: CodeType) -> set[str]:
-    return {name for inner in _codes(code) for name in inner.co_names}
-
-
-def _written(function: FunctionType) -> set[str]:
-    """Names of globals, outer variables and attributes that a function writes; none where it sets up."""
-    found: set[str] = set()
-    code = function.__code__
-    if function.__name__ in _SETTING_UP:
-        return found
-    for inner in _codes(code):
-        outer = set(inner.co_freevars)
-        for step in dis.get_instructions(inner):
-            is_cell = step.opname == "STORE_DEREF"
-            if step.opname in _WRITES and (not is_cell or step.argval in outer):
-                found.add(str(step.argval))
-    return found - set(code.co_cellvars)
-
-
-def _code(code: CodeType, doc: str | None = None) -> tuple[Any, ...]:
-    """What a function does, without where it is written and what is said of it."""
-    constants = [
-        _code(c) if isinstance(c, CodeType) else _constant(c)
-        for c in code.co_consts
-        if not (doc is not None and c == doc)
-    ]
-    return code.co_code, constants, code.co_names, code.co_varnames
-
-
-def _constant(value: Any) -> Any:
-    if isinstance(value, frozenset):
-        return "set", sorted(map(repr, value))
-    return repr(value)
+def _at_most(parts: dict[str, str], most: int) -> dict[str, str]:
+    """The same, where there are too many with the deepest taken together."""
+    depth = max(path.count(".") for path in parts)
+    while len(parts) > most and depth > 0:
+        together: dict[str, list[str]] = {}
+        for path, text in sorted(parts.items()):
+            together.setdefault(".".join(path.split(".")[:depth]), []).append(f"{path}={text}")
+        parts = {
+            path: texts[0].partition("=")[2]
+            if len(texts) == 1 and texts[0].startswith(f"{path}=")
+            else _digest(repr(texts))
+            for path, texts in together.items()
+        }
+        depth -= 1
+    return parts

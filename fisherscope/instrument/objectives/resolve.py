@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -14,7 +16,7 @@ from fisherscope.instrument.objectives.at_positions import at_positions
 from fisherscope.instrument.objectives.base import Objective, Predict
 from fisherscope.instrument.objectives.causal_lm import causal_lm
 from fisherscope.instrument.objectives.classification import image_classification, sequence_classification
-from fisherscope.instrument.objectives.identity import identity
+from fisherscope.instrument.objectives.content import parts_of
 from fisherscope.instrument.objectives.seq2seq import seq2seq
 
 CAUSAL_LM = Objective("causal_lm", causal_lm)
@@ -50,20 +52,23 @@ def resolve_objective(choice: str | Objective | Predict, model: nn.Module) -> Ob
         model: the model.
 
     Returns:
-        The objective. That of a function of the user's own reads rows as the model's own objective does, and
-        its identity covers the function's code, defaults and plain values it closes over.
+        The objective. That of a function of the user's own reads rows as the model's own objective does. Of
+        what torch.compile made, the function that was compiled is taken: tracing cannot see through what
+        watches the layers.
 
     Raises:
         ValueError: no objective of that name, or the model has no head that "auto" knows.
     """
+    choice = _uncompiled(choice)
     if isinstance(choice, Objective):
-        return replace(choice, name=f"{choice.name}#{identity(choice.predict)}")
+        return choice if choice.is_named else replace(choice, parts=parts_of(choice.predict))
     if isinstance(choice, type):
         message = f"objective={choice.__name__} is a class: pass an object of it, or a function"
         raise ValueError(message)  # noqa: TRY004 - as for a name that there is not
     if callable(choice):
         own = _of_model(model)
-        return replace(CAUSAL_LM if own is None else own, name=identity(choice), predict=choice)
+        base = CAUSAL_LM if own is None else own
+        return replace(base, name=_name(choice), predict=choice, parts=parts_of(choice))
     if choice == "auto":
         found = _of_model(model)
         if found is None:
@@ -91,6 +96,17 @@ def _of_model(model: nn.Module) -> Objective | None:
         encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
         return _NAMED["seq2seq" if encoder_decoder else "causal_lm"]
     return None
+
+
+def _uncompiled(choice: Any) -> Any:
+    for name in ("_torchdynamo_orig_callable", "_orig_mod"):
+        choice = getattr(choice, name, choice)
+    return choice
+
+
+def _name(function: Any) -> str:
+    inner = function.func if isinstance(function, partial) else function
+    return f"{getattr(inner, '__module__', '')}.{getattr(inner, '__qualname__', type(inner).__qualname__)}"
 
 
 def _class_names(listed: dict[str, str | tuple[str, ...]]) -> set[str]:
