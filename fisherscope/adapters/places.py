@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import nn
 
 from fisherscope.adapters.modules import has_bias, is_linear_map, output_axis, weight_shape
@@ -51,6 +52,10 @@ def check_channel_places(model: nn.Module, mlp: MlpLayout) -> None:
 def _check_side(model: nn.Module, partition: Partition, *, of_outputs: bool) -> None:
     path = partition.module
     module = model.get_submodule(path)
+    if isinstance(module, torch.jit.ScriptModule):
+        raise AdapterError(
+            f"{path} is TorchScript, whose calls cannot be watched: pass the model as it was before torch.jit"
+        )
     if not is_linear_map(module):
         raise AdapterError(f"{path} is not the linear map of its weight: its output is something else")
     axis = output_axis(module) if of_outputs else 1 - output_axis(module)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fisherscope.errors import CoupledSamplesError, FisherscopeError, NonFiniteError
 from fisherscope.instrument.batch import Batch
+from fisherscope.instrument.coupling import module_outputs
 from fisherscope.instrument.objectives import Objective
 
 _TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-6}
@@ -117,19 +116,6 @@ def _tolerance(dtype: torch.dtype) -> float:
 
 
 def _first_non_finite_module(model: nn.Module, objective: Objective, batch: Batch) -> str:
-    found: list[str] = []
-
-    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            tensor = output[0] if isinstance(output, tuple) and output else output
-            if not found and isinstance(tensor, Tensor) and not torch.isfinite(tensor).all():
-                found.append(name)
-
-        return hook
-
-    with ExitStack() as stack, torch.no_grad():
-        for name, module in model.named_modules():
-            if name:
-                stack.callback(module.register_forward_hook(watch(name)).remove)
-        objective.predict(model, batch)
-    return found[0] if found else "none (the loss itself overflows)"
+    finite, _ = module_outputs(model, objective, batch, lambda output: torch.isfinite(output).all())
+    wrong = (name for name, is_finite in finite.items() if not is_finite)
+    return next(wrong, "none (the loss itself overflows)")

@@ -119,7 +119,6 @@ class Collection:
             self._stop_if_asked(task, collectors)
         if pending:
             self.snapshot(task, collectors)
-            self._note_proofs(task)
         rows = {row for b in share for row in task.batches[b]}
         if missing := rows - self.writer.committed_rows(task.name):
             raise StoreError(
@@ -294,13 +293,11 @@ class Collection:
             arrays.update(collector.state())
         count = sum(len(task.batches[b]) for b in self._done)
         before = self.writer.bytes_written
+        # beside the identity; batches after the last snapshot are run again, and proved again, by who resumes
+        proved = self._proofs.take(task.name)
+        self.writer.evidence("proof", proved.to_json(task.name, self.plan.options.check))
         self.writer.snapshot(task.name, self._done, count, arrays)
         self._cadence.taken(time.monotonic() - begun, self.writer.bytes_written - before)
-
-    def _note_proofs(self, task: TaskPlan) -> None:
-        """Keep what the proofs of a task came to, beside the identity of the store."""
-        found = self._proofs.found(task.name)
-        self.writer.evidence("proof", found.to_json(task.name, self.plan.options.check))
 
     def _stop_if_asked(self, task: TaskPlan, collectors: Sequence[Collector]) -> None:
         share = self.plan.share(task)
@@ -308,7 +305,6 @@ class Collection:
         if self.stop.signal is None or len(done) == len(share):
             return
         self.snapshot(task, collectors)
-        self._note_proofs(task)
         name = signal.Signals(self.stop.signal).name
         raise Interrupted(
             f"stopped by {name}: {len(done)} of {len(share)} batches of task "

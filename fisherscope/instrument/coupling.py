@@ -60,7 +60,7 @@ def module_outputs(
 ) -> tuple[dict[str, Tensor], Predictions | Tensor]:
     """What is kept of the first tensor that each module returns at its first call, in the order of ends.
 
-    Other people's hooks have had their say about it.
+    Other people's hooks have had their say about it. TorchScript's modules admit no hooks, and are left out.
 
     Returns:
         What is kept, by the modules' names, and what the objective found.
@@ -80,6 +80,6 @@ def module_outputs(
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", "None of the inputs have requires_grad")
         for name, module in model.named_modules():
-            if name:
+            if name and not isinstance(module, torch.jit.ScriptModule):
                 stack.callback(module.register_forward_hook(watch(name)).remove)
         return found, objective.predict(model, batch)

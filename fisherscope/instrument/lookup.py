@@ -52,11 +52,17 @@ def lookup_of(
         with torch.no_grad(), _Watch() as watch:
             forward(*args, **kwargs)
         if len(watch.found) != 1:
-            raise FisherscopeError(f"{name} looks up its table {len(watch.found)} times in a call")
+            raise FisherscopeError(
+                f"{name} looks up its table {len(watch.found)} times in a call: leave its weight out with "
+                "parameters=[...]"
+            )
         ids, rows = watch.found[0]
         scale = _scale(module, rows, output)
     if not has_samples(ids, n):
-        raise FisherscopeError(f"{name} is given ids of shape {tuple(ids.shape)} for {n} samples")
+        raise FisherscopeError(
+            f"{name} is given ids of shape {tuple(ids.shape)} for {n} samples: leave its weight out with "
+            "parameters=[...]"
+        )
     is_shared = ids.dim() == 1 or ids.shape[0] != n
     return Lookup(ids.reshape(-1, ids.shape[-1]).expand(n, -1), scale, is_shared)
 
@@ -77,7 +83,10 @@ def _scale(module: nn.Module, rows: Tensor, output: Tensor) -> float:
     scale = float((looked_up * given).sum()) / square if square else 1.0
     tolerance = 8 * torch.finfo(output.dtype).eps * float(given.abs().max())
     if float((given - scale * looked_up).abs().max()) > tolerance:
-        raise FisherscopeError(f"{type(module).__name__} does more to the rows it looks up than scale them")
+        raise FisherscopeError(
+            f"{type(module).__name__} does more to the rows it looks up than scale them: leave its weight "
+            "out with parameters=[...]"
+        )
     return scale
 
 

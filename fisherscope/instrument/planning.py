@@ -12,7 +12,7 @@ from torch import nn
 from fisherscope.errors import CoupledSamplesError
 from fisherscope.instrument.batch import Batch, make_batch
 from fisherscope.instrument.checking.probe import Prober
-from fisherscope.instrument.checking.state import find_state
+from fisherscope.instrument.checking.state import Repetition
 from fisherscope.instrument.choosing_encodings import ChosenEncodings, choose_encodings
 from fisherscope.instrument.data import Sample
 from fisherscope.instrument.estimate import Estimate, estimate_bytes, mean_lengths
@@ -271,7 +271,8 @@ class Planner:
         seeded = random_state(options.seed, deterministic=options.deterministic)
         try:
             with seeded, prepared(self._facts.model, forward_only=True):
-                found = find_state(self._facts.model, objective, make, named)
+                parameters = self._context(options).parameters
+                found = Repetition(self._facts.model, parameters, objective, make).find_state(named)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise

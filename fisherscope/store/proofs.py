@@ -36,9 +36,14 @@ def proofs(store: ContributionStore) -> dict[str, dict[str, Any]]:
 
 def _joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     sums = {key: first[key] + second[key] for key in ("batches", "proved", "not_provable")}
-    worst = max(first, second, key=lambda found: found["largest_deviation"] / (found["tolerance"] or 1.0))
+    worst = max(first, second, key=_excess)
     seen = max(first["smallest_error_seen"], second["smallest_error_seen"])
     return {**worst, **sums, "smallest_error_seen": seen}
+
+
+def _excess(found: dict[str, Any]) -> tuple[float, float]:
+    """How many times its tolerance the largest deviation is; of equal ones that which proved something."""
+    return found["largest_deviation"] / (found["tolerance"] or 1.0), found["tolerance"]
 
 
 def _in_words(found: dict[str, Any]) -> str:

@@ -90,6 +90,62 @@ def test_randomness_in_evaluation_mode_is_refused(tmp_path: Path) -> None:
         scope.collect({"a": models.rows(4)}, tmp_path / "forced.fs", force=True, quiet=True)
 
 
+class Beside(nn.Module):
+    """Something that a model computes beside what its loss depends on."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Count, draw, or keep the longest."""
+        self.calls: Tensor
+        if self.kind == "counter":
+            return self.calls.add_(1)
+        if self.kind == "noise":
+            return torch.randn_like(hidden)
+        self.calls.clamp_(min=hidden.shape[1])
+        return self.calls
+
+
+def beside(kind: str) -> Any:
+    model: Any = models.build(models.named("llama"))
+    model.model.layers[0].beside = Beside(kind)
+
+    def hook(layer: Any, args: Any, _output: Any) -> None:
+        layer.beside(args[0])
+
+    model.model.layers[0].register_forward_hook(hook)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["counter", "noise", "longest"])
+def test_what_reaches_no_loss_is_let_pass(tmp_path: Path, kind: str) -> None:
+    """A counter, random numbers and a record of lengths, on which neither losses nor gradients depend."""
+    data = {"a": models.rows(4)}
+    expected = fs.wrap(models.build(models.named("llama"))).collect(data, tmp_path / "plain.fs", quiet=True)
+    store = fs.wrap(beside(kind)).collect(data, tmp_path / "run.fs", quiet=True)
+    name = store.parameters[0]
+    assert torch.equal(store.fisher("a", name), expected.fisher("a", name))
+
+
+def test_what_only_gradients_depend_on_is_refused(tmp_path: Path) -> None:
+    """The forward pass gives the same each time, and the backward pass does not."""
+    model: Any = models.build(models.named("llama"))
+    calls = torch.zeros(())
+
+    def hook(_module: Any, _args: Any, output: Tensor) -> Tensor:
+        calls.add_(1)
+        return output + 0.1 * calls * (output - output.detach())
+
+    model.model.layers[0].beside = Beside("counter")
+    model.model.layers[0].register_forward_hook(lambda layer, args, _output: layer.beside(args[0]) and None)
+    model.model.layers[0].mlp.register_forward_hook(hook)
+    with pytest.raises(CoupledSamplesError, match="each time that it is run"):
+        fs.wrap(model).collect({"a": models.rows(4)}, tmp_path / "run.fs", quiet=True)
+
+
 def test_an_objective_with_a_memory_is_refused(tmp_path: Path) -> None:
     """A running mean over the losses that came before, as a baseline."""
     mean = [0.0]

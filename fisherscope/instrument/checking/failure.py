@@ -95,7 +95,8 @@ def _causes(module: nn.Module, path: str) -> Iterator[str]:
     """What may be the reason, as far as it shows."""
     if has_replaced_forward(module):
         yield f"Somebody has replaced the forward of {path}."
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    every = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    hooks = [hook for hook in every if not str(getattr(hook, "__module__", "")).startswith("fisherscope.")]
     if hooks:
         yield f"There are {len(hooks)} hooks on {path}."
     if hasattr(module, "parametrizations"):

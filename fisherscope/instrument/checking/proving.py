@@ -91,10 +91,11 @@ class Proofs:
         self._schedule = schedule
         self._force = force
         self._found: dict[str, Proved] = defaultdict(Proved)
+        self._batches = 0
 
-    def found(self, task: str) -> Proved:
-        """What the proofs of a task have come to so far."""
-        return self._found[task]
+    def take(self, task: str) -> Proved:
+        """What the proofs of a task have come to since they were taken last."""
+        return self._found.pop(task, Proved())
 
     def begin(
         self, task: str, number: int, samples: Sequence[Sample], collectors: Sequence[Collector]
@@ -105,7 +106,7 @@ class Proofs:
         return self._prepared([c for c in collectors if c.labels != "data"])
 
     def _prepared(self, others: Sequence[Collector]) -> BatchProof:
-        seed = self._batch_pass.seed + sum(found.batches for found in self._found.values())
+        seed = self._batch_pass.seed + self._batches
         witnesses = [Witness(seed=seed)]
         witnesses += [Witness(labels=c.labels, draws=c.draws, seed=seed) for c in others]
         proof = BatchProof(
@@ -124,6 +125,7 @@ class Proofs:
         """
         found, called = self._found[batch.task], self._batch_pass.called
         found.batches += 1
+        self._batches += 1
         try:
             if proof is None:
                 if not self._schedule.has_news(called):
