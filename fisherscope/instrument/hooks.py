@@ -74,6 +74,7 @@ class GradientTap:
         self._input_cut = frozenset(input_cut)
         self._uses: Counter[str] = Counter()
         self._watched: set[str] = set()
+        self._unwatched: set[str] = set()
         self._called: set[str] = set()
         self._open_uses: Counter[str] = Counter()
         self._pieces: dict[str, PerSampleGradient] = {}
@@ -92,6 +93,7 @@ class GradientTap:
         self._samples = Rows(n, positions)
         self._uses.clear()
         self._watched.clear()
+        self._unwatched.clear()
         self._called.clear()
         self.dtypes.clear()
         with ExitStack() as stack:
@@ -142,9 +144,10 @@ class GradientTap:
             self.dtypes.update(tensor.dtype for tensor in floating(output))
         if not torch.is_grad_enabled():
             # the first run of a part that is checkpointed reentrantly: its uses come in the backward pass
+            self._unwatched.add(site.path)
             return None
         # a checkpoint of the other kind makes again what is kept, and nothing flows through that
-        is_repeated = self._is_backward and site.path in self._watched
+        is_repeated = self._is_backward and site.path in self._watched and not self._is_reentrant(site)
         if not self._is_backward:
             self._watched.add(site.path)
         if site.rule is None:
@@ -154,6 +157,15 @@ class GradientTap:
                 found = lookup_of(site.module, forward, args, kwargs, output, self._samples.n)
             return self._watch_lookup(site, found, output, is_repeated=is_repeated)
         return self._watch_layer(site, args, kwargs, output, is_repeated=is_repeated)
+
+    def _is_reentrant(self, site: Site) -> bool:
+        """Whether a call in the backward pass comes from a part that is checkpointed reentrantly.
+
+        Such a part is run again in the backward function of its own node, as a first use; one of the other
+        kind is when a tensor is fetched that some node of torch's own has saved.
+        """
+        node = torch._C._current_autograd_node()
+        return site.path in self._unwatched and isinstance(node, torch.autograd.function.BackwardCFunction)
 
     def _watch_layer(
         self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor, *, is_repeated: bool
