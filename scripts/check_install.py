@@ -26,10 +26,15 @@ def pinned(text: str, package: str) -> str:
     Raises:
         ValueError: the package is not pinned with ``==``.
     """
-    match = re.search(rf"^{re.escape(package)}==([\w.!]+)\s*(?:#.*)?$", text, re.MULTILINE)
-    if match is None:
-        raise ValueError(f"constraints.txt does not pin {package} with ==")
-    return match.group(1)
+    for name, found in re.findall(r"^([\w.-]+)==([\w.!]+)\s*(?:#.*)?$", text, re.MULTILINE):
+        if canonical(name) == canonical(package):
+            return str(found)
+    raise ValueError(f"the constraints do not pin {package} with ==")
+
+
+def canonical(name: str) -> str:
+    """A package's name as indexes compare it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def all_pinned(text: str) -> list[str]:
@@ -37,7 +42,13 @@ def all_pinned(text: str) -> list[str]:
     return re.findall(r"^([\w.-]+)==", text, re.MULTILINE)
 
 
-def faults(constraints: str, installed: Callable[[str], str], *, newest: bool = False) -> list[str]:
+def faults(
+    constraints: str,
+    installed: Callable[[str], str],
+    *,
+    newest: bool = False,
+    file: str = "constraints.txt",
+) -> list[str]:
     """What is wrong with the installation, one line each.
 
     A pinned package that is not installed is a fault for torch and BackPACK alone: extras may be left out.
@@ -46,6 +57,7 @@ def faults(constraints: str, installed: Callable[[str], str], *, newest: bool = 
         constraints: text of the constraints file.
         installed: version of an installed package; raises ``PackageNotFoundError`` where there is none.
         newest: only torch must have the version that is pinned.
+        file: name of the constraints file.
     """
 
     def find(name: str) -> str | None:
@@ -57,18 +69,19 @@ def faults(constraints: str, installed: Callable[[str], str], *, newest: bool = 
     def differs(package: str, remedy: str) -> list[str]:
         wanted, version = pinned(constraints, package), find(package)
         if version is None:
-            return [f"{package} is not installed, constraints.txt pins {wanted}: {remedy}"]
+            return [f"{package} is not installed, {file} pins {wanted}: {remedy}"]
         # a local suffix such as +cpu names the build, not the version
         if version.partition("+")[0] != wanted:
-            return [f"{package} is {version}, constraints.txt pins {wanted}: {remedy}"]
+            return [f"{package} is {version}, {file} pins {wanted}: {remedy}"]
         return []
 
-    without = f"`pip install -c constraints.txt --no-deps {' '.join(WITHOUT_DEPENDENCIES)}`"
-    again = "make an environment anew (make clean-env) and install with `pip install -c constraints.txt`"
+    without = f"`pip install -c {file} --no-deps {' '.join(WITHOUT_DEPENDENCIES)}`"
+    again = f"make an environment anew (make clean-env) and install with `pip install -c {file}`"
     found = differs("torch", again)
     for package in () if newest else WITHOUT_DEPENDENCIES:
         found += differs(package, without)
-    others = {*all_pinned(constraints)} - {"torch", *WITHOUT_DEPENDENCIES, *UNCHECKED}
+    apart = {canonical(name) for name in ("torch", *WITHOUT_DEPENDENCIES, *UNCHECKED)}
+    others = {name for name in all_pinned(constraints) if canonical(name) not in apart}
     for package in () if newest else sorted(others):
         if find(package) is not None:
             found += differs(package, again)
@@ -89,7 +102,8 @@ def main() -> int:
             f"check_install: {kind!r} is no kind of environment, choose {', '.join(FILES)}", file=sys.stderr
         )
         return 1
-    found = faults(FILES[kind].read_text(encoding="utf-8"), version, newest=kind == "newest")
+    path = FILES[kind]
+    found = faults(path.read_text(encoding="utf-8"), version, newest=kind == "newest", file=path.name)
     for line in found:
         print(f"check_install: {line}", file=sys.stderr)
     return 1 if found else 0
