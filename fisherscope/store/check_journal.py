@@ -10,7 +10,7 @@ from pathlib import Path
 from fisherscope.errors import CorruptStoreError
 from fisherscope.store import disk, journal, keys
 from fisherscope.store.index import build_index
-from fisherscope.store.journal import MAX_JOURNAL_BYTES, MAX_LINE_BYTES, Line, decode_line, journal_file
+from fisherscope.store.journal import MAX_JOURNAL_BYTES, Line, decode_line, journal_file
 from fisherscope.store.keys import KEYS_DIRECTORY
 from fisherscope.store.ledger import Ledger, latest, settle
 from fisherscope.store.records import (
@@ -18,6 +18,7 @@ from fisherscope.store.records import (
     Record,
     SegmentRecord,
     SnapshotRecord,
+    TaskRecord,
     decode,
     shard_name,
 )
@@ -92,7 +93,7 @@ def _lines(root: Path, rank: int) -> Iterator[tuple[bytes, bool]]:
         size = os.fstat(file.fileno()).st_size
         if size > MAX_JOURNAL_BYTES:
             raise CorruptStoreError(f"it has {size} bytes, more than the {MAX_JOURNAL_BYTES} allowed")
-        while piece := file.readline(MAX_LINE_BYTES):
+        for piece in journal.pieces(file):
             ended = piece.endswith(b"\n")
             yield (piece[:-1] if ended else piece), ended
 
@@ -129,12 +130,9 @@ def check_agreement(root: Path, ledgers: Sequence[Ledger]) -> list[Finding]:
     names = list(dict.fromkeys(name for ledger in ledgers for name in ledger.tasks))
     findings: list[Finding] = []
     for name in names:
-        extent = latest(name, ledgers).extents[-1]
-        try:
-            keys.check_keys_file(root, extent)
-            keys.read_keys(root, latest(name, ledgers).extents)
-        except (CorruptStoreError, OSError) as error:
-            findings.append(Finding(f"{KEYS_DIRECTORY}/{extent.keys_sha256}", f"task {name!r}: {error}"))
+        wrong = list(_check_keys(root, latest(name, ledgers)))
+        findings += wrong
+        if any(finding.file.endswith(latest(name, ledgers).extents[-1].keys_sha256) for finding in wrong):
             continue
         try:
             alone = [_only(ledger, name) for ledger in ledgers]
@@ -147,6 +145,16 @@ def check_agreement(root: Path, ledgers: Sequence[Ledger]) -> list[Finding]:
         for task in [t for t, snapshot in ledger.snapshots.items() if snapshot.shard.file in merged]:
             del ledger.snapshots[task]
     return findings
+
+
+def _check_keys(root: Path, task: TaskRecord) -> Iterator[Finding]:
+    """The files of keys of a task, also those of what it was before it grew: a copy may need them."""
+    for count, extent in enumerate(task.extents, 1):
+        try:
+            keys.check_keys_file(root, extent)
+            keys.read_keys(root, task.extents[:count])
+        except (CorruptStoreError, OSError) as error:
+            yield Finding(f"{KEYS_DIRECTORY}/{extent.keys_sha256}", f"task {task.name!r}: {error}")
 
 
 def _only(ledger: Ledger, task: str) -> Ledger:

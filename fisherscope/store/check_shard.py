@@ -16,6 +16,8 @@ from fisherscope.store.schema import SHARD_DIRECTORY
 from fisherscope.store.shard_record import DatasetRecord, ShardRecord
 from fisherscope.store.verification import Finding
 
+_MOST_HOLES = 64  # bytes of a file per byte on the disk: copies may leave out zeros
+_LARGE = 1 << 30
 NO_DATASET = "metadata or padding"
 _DAMAGED = "the bytes are not those that were committed: restore the shard from a copy"
 _OTHER_SUM = (
@@ -73,22 +75,32 @@ def check_shard(root: Path, shard: ShardRecord, *, quick: bool, tell: Callable[[
         fd = disk.open_inside(root, SHARD_DIRECTORY, shard.file)
     except FileNotFoundError:
         check.there = False
-        check.findings.append(Finding(file, "it was committed and is missing: restore it from a copy"))
+        check.findings.append(gone(shard.file))
         return check
     except (CorruptStoreError, OSError) as error:
         check.findings.append(Finding(file, str(error)))
         return check
     try:
-        size = os.fstat(fd).st_size
+        status = os.fstat(fd)
+        size, on_disk = status.st_size, 512 * status.st_blocks
         check.whole = size == shard.nbytes
         if not check.whole:
             message = f"it has {size} bytes, {shard.nbytes} were committed: restore it from a copy"
             check.findings.append(Finding(file, message))
-        if not quick:
+        if size > max(_MOST_HOLES * on_disk, _LARGE):
+            message = f"of its {size} bytes only {on_disk} are on the disk: restore it from a copy"
+            check.findings.append(Finding(file, message))
+            check.whole = False
+        elif not quick:
             _check_bytes(fd, min(size, shard.nbytes), shard, datasets, check, tell)
     finally:
         os.close(fd)
     return check
+
+
+def gone(file: str) -> Finding:
+    """That a shard is missing."""
+    return Finding(f"{SHARD_DIRECTORY}/{file}", "it was committed and is missing: restore it from a copy")
 
 
 def _check_bytes(
@@ -106,7 +118,7 @@ def _check_bytes(
     unreadable: dict[int, str] = {}
     filled: list[_Piece] = []
     end_of_metadata = min((d.offset for d in datasets if d.spec.nbytes), default=size)
-    for piece in _pieces(datasets, shard.nbytes):
+    for piece in _pieces(datasets, shard.nbytes, size):
         if piece.stop > size:  # the file ends within it
             bad += [piece] if piece.dataset else []
             continue
@@ -138,13 +150,16 @@ def _check_bytes(
         check.damaged.add(name)
 
 
-def _pieces(datasets: tuple[DatasetRecord, ...], size: int) -> Iterator[_Piece]:
-    """A file of ``size`` bytes in order, cut where blocks begin and end."""
+def _pieces(datasets: tuple[DatasetRecord, ...], size: int, there: int) -> Iterator[_Piece]:
+    """A file of ``size`` bytes in order, cut where blocks begin and end.
+
+    Of what belongs to no dataset only the bytes that are ``there``: the size is anybody's word.
+    """
     placed = sorted((d for d in datasets if d.spec.nbytes), key=lambda d: d.offset)
     edges = [0, *(edge for d in placed for edge in (d.offset, d.offset + d.spec.nbytes)), size]
     for number, (start, stop) in enumerate(pairwise(edges)):
         if number % 2 == 0:
-            for first in range(start, stop, BLOCK_BYTES):
+            for first in range(start, min(stop, there), BLOCK_BYTES):
                 yield _Piece(first, min(first + BLOCK_BYTES, stop))
             continue
         dataset = placed[number // 2]

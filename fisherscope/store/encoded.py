@@ -31,8 +31,8 @@ def read(store: OpenStore, index: TaskIndex, parameter: str, chosen: NDArray[np.
     return read_factors(store, index, place, chosen)
 
 
-def stream(store: OpenStore, index: TaskIndex, parameter: str) -> Iterator[tuple[slice, PerSampleGradient]]:
-    """All samples in order, in pieces that fit the memory budget."""
+def pieces(store: OpenStore, index: TaskIndex, parameter: str) -> Iterator[slice]:
+    """All samples in order, cut so that the gradients of each piece fit the memory budget."""
     every = np.arange(len(index))
     place = store.gradient_plan.places[parameter]
     missing = [c.targets.min() for c in index.chunks(every) if not is_stored(store, c, place)]
@@ -42,7 +42,7 @@ def stream(store: OpenStore, index: TaskIndex, parameter: str) -> Iterator[tuple
     start = 0
     while start < len(index):
         stop = _end_of_piece(sizes[: there if start < there else None], start, store.memory_budget)
-        yield slice(start, stop), read(store, index, parameter, every[start:stop])
+        yield slice(start, stop)
         start = stop
 
 

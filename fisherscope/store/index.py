@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -74,6 +74,18 @@ class TaskIndex:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def limited_to(self, known: TaskIndex) -> TaskIndex:
+        """The same samples as before, where they lie now; aggregates may cover more by now."""
+        kept = np.isin(self.rows, known.rows, assume_unique=True)
+        return replace(
+            self,
+            task=known.task,
+            complete=known.complete,
+            rows=self.rows[kept],
+            segment=self.segment[kept],
+            position=self.position[kept],
+        )
 
     def select(self, samples: slice | Sequence[int] | NDArray[np.int64] | None) -> NDArray[np.int64]:
         """Positions in task order of the samples asked for.

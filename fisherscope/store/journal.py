@@ -13,7 +13,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -41,6 +41,11 @@ def ranks(root: Path) -> list[int]:
     except FileNotFoundError:
         return []
     return [int(found[1]) for found in map(_FILE.fullmatch, names) if found]
+
+
+def sizes(root: Path) -> dict[int, int]:
+    """Bytes of each rank's journal now: whether anything was added."""
+    return {rank: (root / JOURNAL_DIRECTORY / journal_file(rank)).lstat().st_size for rank in ranks(root)}
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,19 @@ class Scan:
     good: int
 
 
+def pieces(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a journal as it is now, newlines included; endless ones come in pieces.
+
+    What a writer adds meanwhile is left out: of a line that is read while it is written, the first half would
+    be taken for damage before the others.
+    """
+    left = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    while left > 0 and (piece := file.readline(min(MAX_LINE_BYTES, left))):
+        left -= len(piece)
+        yield piece
+
+
 def scan(file: BinaryIO, path: Path) -> Scan:
     """Read the intact lines from the start of a journal.
 
@@ -107,8 +125,7 @@ def scan(file: BinaryIO, path: Path) -> Scan:
     lines: list[Line] = []
     good = intact = 0
     torn = False
-    # memory holds no more than a line: whatever is longer comes in pieces, none of which is intact
-    while piece := file.readline(MAX_LINE_BYTES):
+    for piece in pieces(file):
         line = decode_line(piece.removesuffix(b"\n"))
         if torn:
             intact += line is not None

@@ -164,9 +164,18 @@ def read_ledgers(root: Path, store_sha256: str) -> list[Ledger]:
     Raises:
         CorruptStoreError: a journal is damaged, or two journals contradict each other.
     """
-    ledgers = [read_ledger(root, rank, store_sha256) for rank in journal.ranks(root)]
-    settle(root, ledgers)
-    return ledgers
+    before = journal.sizes(root)
+    while True:
+        try:
+            ledgers = [read_ledger(root, rank, store_sha256) for rank in journal.ranks(root)]
+            settle(root, ledgers)
+        except CorruptStoreError:
+            # one that was read before another was written may contradict it
+            before, known = journal.sizes(root), before
+            if before == known:
+                raise
+        else:
+            return ledgers
 
 
 def read_ledger(root: Path, rank: int, store_sha256: str) -> Ledger:

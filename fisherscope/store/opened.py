@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 from fisherscope.errors import CorruptStoreError, StoreError
 from fisherscope.layout import GroupTable, ModelLayout
@@ -18,6 +20,29 @@ from fisherscope.store.schema import StoreHeader, read_header
 from fisherscope.store.shard_record import ShardRecord
 
 _OPEN_SHARDS = 128  # each map holds a file descriptor
+_MOST_REPLACED = 200  # times in a row that what is read is replaced meanwhile
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class ReplacedError(StoreError):
+    """A shard has been replaced by another since the store was opened."""
+
+
+def following(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], T]:
+    """Have a method of a store read what a writer has put in place of what it was reading."""
+
+    @functools.wraps(method)
+    def run(store: OpenStore, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        for _ in range(_MOST_REPLACED):
+            try:
+                return method(store, *args, **kwargs)
+            except ReplacedError:
+                store.follow()
+        return method(store, *args, **kwargs)
+
+    return run
 
 
 class OpenStore:
@@ -51,6 +76,16 @@ class OpenStore:
         self._shards: OrderedDict[str, MappedShard] = OrderedDict()
         self._checked: dict[str, Checked] = {}
         self._token_texts: dict[int, str] | None = None
+
+    def follow(self) -> None:
+        """Look again at where the samples that are known lie, and at the aggregates.
+
+        A run that goes on replaces aggregates, and whoever finalizes a store merges segments. Samples that
+        were committed since stay unknown until :meth:`refresh`.
+        """
+        self._ledgers = read_ledgers(self.path, read_header(self.path)[1])
+        now = build_index(self.path, self._ledgers)
+        self._index = {name: now[name].limited_to(known) for name, known in self._index.items()}
 
     def __reduce__(self) -> tuple[type[Self], tuple[Path, int | str | None]]:
         return type(self), (self.path, self._asked)
@@ -131,7 +166,7 @@ class OpenStore:
         """Map a shard.
 
         Raises:
-            StoreError: another has replaced it since the store was opened.
+            ReplacedError: another has replaced it since the store was opened.
             CorruptStoreError: it is missing or damaged.
         """
         try:
@@ -139,7 +174,7 @@ class OpenStore:
         except CorruptStoreError:
             now = read_ledgers(self.path, read_header(self.path)[1])
             if record.file not in {shard.file for ledger in now for shard in ledger.shards()}:
-                raise StoreError(
+                raise ReplacedError(
                     f"{record.file} of {self.path} has been replaced since the store was opened: call "
                     "store.refresh()"
                 ) from None

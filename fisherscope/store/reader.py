@@ -29,7 +29,7 @@ from fisherscope.store import (
     tables,
 )
 from fisherscope.store.kronecker import KroneckerFactors
-from fisherscope.store.opened import OpenStore
+from fisherscope.store.opened import OpenStore, following
 from fisherscope.store.token_texts import read_token_texts
 from fisherscope.torch_state import in_standard_state
 
@@ -68,6 +68,7 @@ class ContributionStore(OpenStore):
         memory_budget: bytes that one call for samples' values may take, result included.
     """
 
+    @following
     def samples(self, task: str) -> pd.DataFrame:
         """The committed samples of a task, in task order.
 
@@ -77,6 +78,7 @@ class ContributionStore(OpenStore):
         """
         return tables.samples(self, self._task(task))
 
+    @following
     def token_ids(self, task: str, row: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Input ids and labels (-100: no loss) of one sample.
 
@@ -99,10 +101,12 @@ class ContributionStore(OpenStore):
             self._token_texts = read_token_texts(self.path)
         return [self._token_texts.get(int(token)) for token in ids]
 
+    @following
     def token_types(self, task: str, row: int) -> NDArray[np.int32] | None:
         """Which of two texts each position of a sample belongs to; None where that was not given."""
         return tables.token_types(self, self._task(task), row)
 
+    @following
     @in_standard_state
     def gradients(self, task: str, parameter: str, samples: Samples = None) -> Tensor:
         """Per-sample gradients g_i of the summed loss, signed, in whichever encoding they are stored.
@@ -123,6 +127,7 @@ class ContributionStore(OpenStore):
         memory.refuse_beyond(self.memory_budget, f"gradients of {parameter}", len(chosen), 4 * size)
         return gradients.read_parameter(self, index, parameter, chosen)
 
+    @following
     @in_standard_state
     def per_sample(self, task: str, parameter: str, samples: Samples = None) -> PerSampleGradient:
         """Per-sample gradients g_i in the representation in which they are stored.
@@ -156,8 +161,12 @@ class ContributionStore(OpenStore):
             MemoryBudgetError: not even one sample fits.
             CorruptStoreError: a shard is missing or damaged.
         """
-        index = self._task(task)
-        return encoded.stream(self, index, lookup.gradients_stored(self.header, parameter))
+        pieces = self._pieces(task, lookup.gradients_stored(self.header, parameter))
+        return ((piece, self.per_sample(task, parameter, piece)) for piece in pieces)
+
+    @following
+    def _pieces(self, task: str, parameter: str) -> list[builtins.slice]:
+        return list(encoded.pieces(self, self._task(task), parameter))
 
     def encoding(self, parameter: str) -> str:
         """How the gradients of a parameter are stored.
@@ -175,6 +184,7 @@ class ContributionStore(OpenStore):
         lookup.instrumented(self.header, parameter)
         return "groups"
 
+    @following
     def encoding_errors(self, task: str) -> pd.DataFrame:
         """How far stored gradients of low rank are from those that were computed.
 
@@ -188,6 +198,7 @@ class ContributionStore(OpenStore):
         """
         return encoded.errors(self, self._task(task))
 
+    @following
     @in_standard_state
     def slice(
         self,
@@ -217,6 +228,7 @@ class ContributionStore(OpenStore):
         self.layout.slice(layer, block, head, part=part, stack=stack)  # names what there is
         return self._slices(task, layer, block, part, stack, samples, slice(head, head + 1))[0]
 
+    @following
     @in_standard_state
     def slices(
         self,
@@ -255,6 +267,7 @@ class ContributionStore(OpenStore):
         memory.refuse_beyond(self.memory_budget, what, len(chosen), 4 * count * partition.slice_size)
         return gradients.read_heads(self, index, partition, chosen, heads)
 
+    @following
     @in_standard_state
     def fisher(self, task: str, parameter: str, labels: str = "data") -> Tensor:
         """Diagonal Fisher F = mean over samples of h_i ** 2, merged over ranks.
@@ -279,6 +292,7 @@ class ContributionStore(OpenStore):
             self, self._task(task), lookup.instrumented(self.header, parameter), f"fisher/{labels}"
         )
 
+    @following
     @in_standard_state
     def fisher_slice(
         self,
@@ -305,6 +319,7 @@ class ContributionStore(OpenStore):
         """Number of samples that :meth:`fisher` and :meth:`mean` cover; it may lag behind."""
         return sum(snapshot.count for snapshot in self._task(task).snapshots)
 
+    @following
     @in_standard_state
     def mean(self, task: str, parameter: str) -> Tensor:
         """Mean over samples of the normalised gradient h_i.
@@ -318,6 +333,7 @@ class ContributionStore(OpenStore):
         """
         return aggregates.mean_of(self, self._task(task), lookup.instrumented(self.header, parameter), "mean")
 
+    @following
     @in_standard_state
     def kronecker(self, task: str, module: str) -> KroneckerFactors:
         """Kronecker factors A and S of one linear map, merged over ranks.
@@ -336,6 +352,7 @@ class ContributionStore(OpenStore):
         """
         return kronecker.read_factors(self, self._task(task), module)
 
+    @following
     @in_standard_state
     def position_contributions(
         self, task: str, parameter: str, samples: Samples = None, *, block: str | None = None
@@ -363,6 +380,7 @@ class ContributionStore(OpenStore):
         index = self._task(task)
         return positions.read_contributions(self, index, parameter, index.select(samples), block)
 
+    @following
     def aggregate(self, task: str, name: str) -> Tensor:
         """One array of the snapshots, added over ranks in float64.
 
@@ -371,6 +389,7 @@ class ContributionStore(OpenStore):
         """
         return aggregates.total(self, self._task(task), name)
 
+    @following
     def constants(self) -> dict[str, NDArray[Any]]:
         """Arrays that hold for the whole store, such as ``groups/theta_square``."""
         return aggregates.constants(self)
@@ -398,6 +417,7 @@ class ContributionStore(OpenStore):
         """
         return proofs.proofs(self)
 
+    @following
     @in_standard_state
     def groups(self, task: str, labels: str = "data") -> pd.DataFrame:
         """Contributions per group, over all committed samples of a task, in float64.
@@ -413,6 +433,7 @@ class ContributionStore(OpenStore):
         """
         return tables.groups(self, self._task(task), labels)
 
+    @following
     @in_standard_state
     def group_values(self, task: str, samples: Samples = None) -> xr.Dataset:
         """Per sample and group ``square`` = sum g^2 and ``dot`` = <g, theta>, of the raw gradients g_i.
@@ -427,6 +448,7 @@ class ContributionStore(OpenStore):
         memory.refuse_beyond(self.memory_budget, "group values", len(chosen), 12 * len(self.group_table))
         return tables.group_values(self, index, chosen)
 
+    @following
     def group_contributions(self, task: str) -> NDArray[np.float64]:
         """Contributions per sample and group, ``[n, groups]``: the group's sum of C_i = h_i ** 2."""
         return tables.group_contributions(self, self._task(task))

@@ -11,10 +11,9 @@ from pathlib import Path
 from fisherscope.errors import CorruptStoreError
 from fisherscope.store import disk, journal
 from fisherscope.store.check_journal import JournalCheck, check_agreement, check_journal, live_files
-from fisherscope.store.check_shard import check_shard
+from fisherscope.store.check_shard import check_shard, gone
 from fisherscope.store.check_values import check_values
 from fisherscope.store.keys import KEYS_DIRECTORY
-from fisherscope.store.ledger import latest
 from fisherscope.store.lifecycle import store_path
 from fisherscope.store.schema import (
     HEADER_FILE,
@@ -51,17 +50,10 @@ def verify(path: str | Path, quick: bool = False, *, progress: Progress | None =
     # before the journals are read: what is there now they speak of then
     shards = _names(root / SHARD_DIRECTORY)
     header, digest, findings, nbytes = _check_header(root)
-    checks = [check_journal(root, rank, digest) for rank in journal.ranks(root)]
-    ledgers = [check.ledger for check in checks]
-    for check in checks:
-        findings += check.findings
-        nbytes += check.nbytes
-    findings += [*check_agreement(root, ledgers), *_check_tokens(root)]
-    nbytes += _size(root / TOKENS_FILE)
-    nbytes += sum(
-        _size(root / KEYS_DIRECTORY / latest(name, ledgers).extents[-1].keys_sha256)
-        for name in {name for ledger in ledgers for name in ledger.tasks}
-    )
+    checks, wrong = _check_journals(root, digest)
+    findings += [*wrong, *_check_tokens(root)]
+    nbytes += sum(check.nbytes for check in checks) + _size(root / TOKENS_FILE)
+    nbytes += sum(_size(root / KEYS_DIRECTORY / name) for name in _keys(checks))
     records = [record for check in checks for record in check.records()]
     total, done = sum(record.shard.nbytes for record in records), 0
 
@@ -78,8 +70,12 @@ def verify(path: str | Path, quick: bool = False, *, progress: Progress | None =
         if not found.there:
             missing[record.shard.file] = found.findings
             continue
-        findings += found.findings
-        findings += () if quick else check_values(root, record, header, found)
+        try:
+            values = () if quick else check_values(root, record, header, found)
+        except FileNotFoundError:  # replaced since its bytes were read
+            missing[record.shard.file] = [gone(record.shard.file)]
+            continue
+        findings += [*found.findings, *values]
     if missing:
         live = live_files(root, digest)
         findings += (finding for file in missing.keys() & live for finding in missing[file])
@@ -105,6 +101,25 @@ def _check_header(root: Path) -> tuple[StoreHeader | None, str, list[Finding], i
     else:
         return header, digest, [], _size(root / HEADER_FILE)
     return None, _digest(root), [finding], 0
+
+
+def _check_journals(root: Path, digest: str) -> tuple[list[JournalCheck], list[Finding]]:
+    """The journals of all ranks, and what is wrong with them or contradicts itself in them."""
+    before = journal.sizes(root)
+    while True:
+        checks = [check_journal(root, rank, digest) for rank in journal.ranks(root)]
+        findings = [finding for check in checks for finding in check.findings]
+        findings += check_agreement(root, [check.ledger for check in checks])
+        # one that was read before another was written may contradict it
+        before, known = journal.sizes(root), before
+        if not findings or before == known:
+            return checks, findings
+
+
+def _keys(checks: Sequence[JournalCheck]) -> set[str]:
+    """Names of the files of keys of all tasks, and of all that they once were."""
+    tasks = (task for check in checks for task in check.ledger.tasks.values())
+    return {extent.keys_sha256 for task in tasks for extent in task.extents}
 
 
 def _check_tokens(root: Path) -> list[Finding]:
@@ -142,21 +157,16 @@ def _unclaimed(
         found = _SHARD.fullmatch(name)
         if name in live or not os.path.lexists(root / SHARD_DIRECTORY / name):
             continue
-        # a crash leaves one shard that its journal does not commit: that of the next line
+        # a crash leaves one shard that its journal does not commit, that of the next line; one that is
+        # being committed just now looks the same
         if found and int(found[2]) > lines.get(int(found[1]), 0):
             lost.setdefault(int(found[1]), []).append(name)
         else:
             notes.append(_debris(SHARD_DIRECTORY, name))
-    keys = {
-        extent.keys_sha256
-        for check in checks
-        for task in check.ledger.tasks.values()
-        for extent in task.extents
-    }
     expected = {
         "": {HEADER_FILE, TOKENS_FILE, JOURNAL_DIRECTORY, SHARD_DIRECTORY, KEYS_DIRECTORY},
         JOURNAL_DIRECTORY: {journal.journal_file(rank) for rank in lines},
-        KEYS_DIRECTORY: keys,
+        KEYS_DIRECTORY: _keys(checks),
     }
     for directory, known in expected.items():
         notes += [_debris(directory, name) for name in _names(root / directory) if name not in known]

@@ -3,15 +3,17 @@
 import json
 import os
 import stat
+import time
 import tracemalloc
 
 import numpy as np
 import pytest
 
 from fisherscope.errors import StoreFormatError
-from fisherscope.store import StoreWriter, open_store, verify
+from fisherscope.store import StoreWriter, journal, open_store, verify
 from fisherscope.store.checksum import BLOCK_BYTES
 from fisherscope.store.journal import decode_line
+from fisherscope.store.records import SnapshotRecord
 from tests.store.forging import flip, forge, journal_of, lines_of
 from tests.store.store_cases import Run, header_of, names, toy_layout
 
@@ -257,6 +259,88 @@ def test_a_store_that_is_being_written_has_nothing_wrong(small, root, monkeypatc
         found = verify(root)
         assert looked
         assert found.ok, found.summary()
+
+
+def test_a_shard_that_is_replaced_between_two_looks_is_not_missing(small, root, monkeypatch):
+    """Its bytes were read, its values were still to be: another has taken its place meanwhile."""
+    module = __import__("fisherscope.store.verifying", fromlist=["check_values"])
+    with StoreWriter.open(root, small.header) as writer:
+        writer.declare_task(small.task, small.keys)
+        small.write_segment(writer, [3, 1])
+        writer.snapshot(small.task, [0], 2, small.arrays([0]))
+        real, looked = module.check_values, []
+
+        def goes_on(*args):
+            if isinstance(args[1], SnapshotRecord) and not looked:
+                looked.append(1)
+                writer.snapshot(small.task, [0], 2, small.arrays([0]))
+            return real(*args)
+
+        monkeypatch.setattr(module, "check_values", goes_on)
+        found = verify(root)
+        assert looked
+        assert found.ok, found.summary()
+
+
+def test_a_line_that_is_being_written_is_no_damage(small, root, monkeypatch):
+    """What is added to a journal while it is read is left for the next time."""
+    small.write(root)
+    path = root / "journal" / "r0000.journal"
+    content = path.read_bytes()
+    cut = len(content) - 40
+    path.write_bytes(content[:cut])
+    real, grown = journal.decode_line, []
+
+    def growing(line):
+        if not grown:
+            grown.append(1)
+            path.write_bytes(content)
+        return real(line)
+
+    monkeypatch.setattr(journal, "decode_line", growing)
+    scan = journal.read(root, 0)
+    assert scan.good == content[:cut].rfind(b"\n") + 1
+    assert open_store(root).committed(small.task) == len(small.keys)
+
+
+def test_keys_of_what_a_task_once_was_are_looked_at(small, root):
+    """A task that grew keeps the file of its first samples, which is verified as the last one is."""
+    with StoreWriter.open(root, small.header) as writer:
+        writer.declare_task(small.task, small.keys[:2])
+        small.write_segment(writer, [1])
+    with StoreWriter.open(root, small.header) as writer:
+        writer.declare_task(small.task, small.keys)
+    (task,) = open_store(root).ledgers[0].tasks.values()
+    first = root / "keys" / task.extents[0].keys_sha256
+    assert len(task.extents) == 2
+    assert verify(root).ok
+    content = first.read_bytes()
+    first.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    assert [finding.file for finding in verify(root).findings] == [f"keys/{first.name}"]
+    first.unlink()
+    assert [finding.file for finding in verify(root, quick=True).findings] == [f"keys/{first.name}"]
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_work_is_bounded_by_the_bytes_that_are_there(small, root, sparse):
+    """A line that declares petabytes costs no more than the file has; so does a file that is all hole."""
+    small.write(root)
+    path = root / "journal" / "r0000.journal"
+    lines = path.read_bytes().splitlines()
+    number = next(k for k, line in enumerate(lines) if b'"kind":"segment"' in line)
+    line = journal.decode_line(lines[number])
+    line.record["bytes"] = 1 << 43
+    lines[number] = journal.encode_line(line).removesuffix(b"\n")
+    path.write_bytes(b"\n".join([*lines, b""]))
+    shard = root / "shards" / line.record["shard"]
+    if sparse:
+        with shard.open("r+b") as file:
+            file.truncate(1 << 43)
+    begun = time.process_time()
+    found = verify(root)
+    assert time.process_time() - begun < 20
+    assert {finding.file for finding in found.findings} == {f"shards/{shard.name}"}
+    assert str(1 << 43) in found.findings[0].message
 
 
 def test_memory_does_not_grow_with_the_size_of_a_shard(root):

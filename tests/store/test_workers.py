@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from fisherscope.store import StoreWriter, open_store
+from fisherscope.store import StoreWriter, open_store, verify
 from tests.store.store_cases import Run, header_of, toy_layout
 
 PARAMETER = "h.1.q.weight"
@@ -61,6 +61,48 @@ def test_a_pickled_reader_is_small_and_sees_what_is_committed_then(run, root):
         run.write_segment(writer, run.batches[1])
     assert len(packed) < 1000
     assert (store.committed(run.task), pickle.loads(packed).committed(run.task)) == (2, 4)
+
+
+def _verify_while(root, ready, stop, wrong):
+    """Verify the store, and read its aggregates, again and again; nothing is ever wrong."""
+    ready.set()
+    while not stop.is_set():
+        try:
+            found = verify(root)
+            if not found.ok:
+                wrong.put(found.summary())
+            store = open_store(root)
+            for task in store.tasks:
+                if store.fisher_count(task):
+                    store.fisher(task, PARAMETER)
+                    store.gradients(task, PARAMETER)
+        except Exception as error:
+            wrong.put(repr(error))
+    wrong.put(None)
+
+
+def test_verifying_beside_a_writer_finds_nothing(run, root):
+    """Snapshots are replaced, tasks grow and lines are added between any two reads of another process."""
+    context = multiprocessing.get_context("spawn")
+    ready, stop, wrong = context.Event(), context.Event(), context.Queue()
+    with StoreWriter.open(root, run.header, durability="none") as writer:
+        writer.declare_task(run.task, run.keys[:5])
+        run.write_segment(writer, run.batches[0])
+    reader = context.Process(target=_verify_while, args=(root, ready, stop, wrong))
+    reader.start()
+    assert ready.wait(60)
+    with StoreWriter.open(root, run.header, durability="none") as writer:
+        writer.declare_task(run.task, run.keys)
+        for number, rows in enumerate(run.batches, 1):
+            if number > 1:
+                run.write_segment(writer, rows)
+            done = list(range(number))
+            for _ in range(40):
+                writer.snapshot(run.task, done, len(writer.committed_rows(run.task)), run.arrays(done))
+                writer.evidence("note", {"batches": number})
+    stop.set()
+    assert wrong.get(timeout=60) is None
+    reader.join(60)
 
 
 def _read_while(root, task, ready, stop, counts):
