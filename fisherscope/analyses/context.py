@@ -97,4 +97,9 @@ def task_warnings(store: ContributionStore, context: Context) -> list[str]:
             )
         if not store.is_complete(task):
             notes.append(f"task {task!r} is not completely collected ({rows} of {store.n(task)} samples)")
+        if (covered := store.fisher_count(task)) != rows:
+            notes.append(
+                f"aggregates of task {task!r} (F of single parameters, means) are those of {covered} of its "
+                f"{rows} samples: resume the run to complete them"
+            )
     return notes
