@@ -9,10 +9,14 @@
 Names are loaded when they are first used, so that ``import fisherscope`` is quick.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from __future__ import annotations
+
+# typing and importlib take longer than all that the command needs before it looks after signals
+TYPE_CHECKING = False
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from fisherscope.adapters import register_adapter
     from fisherscope.analyses import AnalyzeConfig, register_analysis
     from fisherscope.instrument.extensions import (
@@ -80,6 +84,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'fisherscope' has no attribute {name!r}")
+    from importlib import import_module
+
     value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value
     return value

@@ -10,7 +10,7 @@ import typer
 
 from fisherscope.cli import adapters, analyze, calibrate, collect, demo, estimate, finalize, inspect, verify
 
-__all__ = ["app", "main"]
+__all__ = ["app", "run"]
 
 app = typer.Typer(
     name="fisherscope",
@@ -53,8 +53,8 @@ def _fisherscope(
     del version
 
 
-def main() -> None:
-    """Entry point of the command ``fisherscope``."""
+def run() -> None:
+    """Read the command line and do what it says."""
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         # samples, names and the help hold characters that an ASCII terminal or pipe cannot show
         sys.stdout.reconfigure(errors="replace")

@@ -1,7 +1,10 @@
 """A collection that is interrupted seals what is done, says how to resume, and resumes to the same store."""
 
+import os
 import shlex
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -81,3 +84,41 @@ def test_interrupt_and_resume(command, uninterrupted, tmp_path, start, number):
         for values in ("fisher", "mean", "gradients"):
             ours, theirs = getattr(store, values)("math", name), getattr(uninterrupted, values)("math", name)
             assert np.array_equal(ours.numpy(), theirs.numpy())
+
+
+READY = "import fisherscope.__main__ as m; print('ready', flush=True); m.main()"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "delay", "number"),
+    [
+        (("analyze",), 0.002, signal.SIGINT),
+        (("analyze",), 0.1, signal.SIGTERM),
+        (("analyze",), 2.0, signal.SIGINT),
+        (("calibrate", "--splits", "100000"), 0.002, signal.SIGTERM),
+        (("calibrate", "--splits", "100000"), 3.0, signal.SIGINT),
+        (("finalize",), 0.002, signal.SIGINT),
+        (("verify",), 0.1, signal.SIGINT),
+    ],
+)
+def test_every_command_answers_a_signal_at_any_time(uninterrupted, tmp_path, arguments, delay, number):
+    """A message and 128 + signal, while libraries are imported as well as in the middle of the work."""
+    name, *options = arguments
+    out = ["--out", str(tmp_path / "report")] if name == "analyze" else []
+    process = subprocess.Popen(
+        [sys.executable, "-c", READY, name, str(uninterrupted.path), *options, *out],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(delay)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=120)
+    if process.returncode != 0 or delay < 0.01:  # a quick command may be done before
+        assert process.returncode == 128 + number, stderr
+        assert "Traceback" not in stderr
+        assert f"{signal.Signals(number).name} stopped the command at once" in stderr
+    assert fs.open_store(uninterrupted.path).is_complete("math")
