@@ -7,6 +7,10 @@ class FisherscopeError(Exception):
     """Base of every error that the package raises on purpose."""
 
 
+class UsageError(FisherscopeError, ValueError):
+    """An argument or an option is something that it cannot be."""
+
+
 class DataError(FisherscopeError):
     """A task, a row or a file of rows cannot be used."""
 

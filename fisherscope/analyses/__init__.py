@@ -15,7 +15,7 @@ from fisherscope.analyses.outcome import Failed, Outcome, SkipAnalysis, Skipped
 from fisherscope.analyses.quantities import QUANTITIES
 from fisherscope.analyses.registry import REGISTRY, Analysis, Registry, register, run
 from fisherscope.analyses.result import SCHEMA_VERSION, Result
-from fisherscope.store import ContributionStore, open_store
+from fisherscope.store import ContributionStore, as_store, open_store
 
 register_analysis = register
 
@@ -39,6 +39,7 @@ __all__ = [
     "Result",
     "SkipAnalysis",
     "Skipped",
+    "as_store",
     "open_store",
     "register",
     "register_analysis",

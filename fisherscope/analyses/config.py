@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, TypeVar
 
+from fisherscope.errors import UsageError
+
 FLOAT32_TINY = 1.1754943508222875e-38
 """Smallest normal float32: below it a Fisher value is rounding, not information."""
 
 
 def _fail(owner: object, name: str, problem: str) -> None:
-    raise ValueError(f"{type(owner).__name__}.{name}={getattr(owner, name)!r}: {problem}")
+    raise UsageError(f"{type(owner).__name__}.{name}={getattr(owner, name)!r}: {problem}")
 
 
 def _at_least(owner: object, minimum: float, *names: str) -> None:
@@ -336,7 +338,7 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
     """
     known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     if unknown := [key for key in values if key not in known]:
-        raise ValueError(f"{cls.__name__} has no option {unknown[0]!r}: it has {', '.join(known)}")
+        raise UsageError(f"{cls.__name__} has no option {unknown[0]!r}: it has {', '.join(known)}")
     return cls(**values)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from fisherscope.analyses.config import AnalyzeConfig
 from fisherscope.analyses.outcome import Failed, Outcome, SkipAnalysis, Skipped
 from fisherscope.analyses.result import Result
-from fisherscope.errors import FisherscopeError
+from fisherscope.errors import FisherscopeError, UsageError
 from fisherscope.store import ContributionStore
 
 
@@ -38,7 +38,7 @@ class Context:
         """
         known = list(store.tasks)
         if unknown := [task for task in settings.tasks or () if task not in known]:
-            raise ValueError(f"the store has no task {unknown[0]!r}: it has {', '.join(known)}")
+            raise UsageError(f"the store has no task {unknown[0]!r}: it has {', '.join(known)}")
         self.settings = settings
         chosen = settings.tasks or tuple(known)
         self.empty = tuple(task for task in chosen if not store.committed(task))

@@ -12,7 +12,7 @@ from fisherscope.analyses.context import Context, encoding_warnings, task_warnin
 from fisherscope.analyses.outcome import Failed, Outcome, SkipAnalysis, Skipped
 from fisherscope.analyses.quantities import QUANTITIES, missing
 from fisherscope.analyses.result import Result
-from fisherscope.errors import Interrupted, NotStoredError
+from fisherscope.errors import Interrupted, NotStoredError, UsageError
 from fisherscope.plugins import Plugins
 from fisherscope.store import ContributionStore
 from fisherscope.torch_state import in_standard_state
@@ -61,7 +61,7 @@ class Analysis:
         if isinstance(given, self.config):
             return given
         if is_dataclass(given) or not hasattr(given, "keys"):
-            raise ValueError(f"options of {self.name!r} must be a {self.config.__name__}, got {given!r}")
+            raise UsageError(f"options of {self.name!r} must be a {self.config.__name__}, got {given!r}")
         return build(self.config, given)
 
 
@@ -94,9 +94,9 @@ class Registry:
             ValueError: the name is taken, or a quantity is unknown.
         """
         if name in self.analyses and not replace:
-            raise ValueError(f"an analysis {name!r} is already registered: pass replace=True to replace it")
+            raise UsageError(f"an analysis {name!r} is already registered: pass replace=True to replace it")
         if unknown := [quantity for quantity in requires if quantity not in QUANTITIES]:
-            raise ValueError(f"analysis {name!r}: unknown quantity {unknown[0]!r}, not in {list(QUANTITIES)}")
+            raise UsageError(f"analysis {name!r}: unknown quantity {unknown[0]!r}, not in {list(QUANTITIES)}")
 
         def add(function: F) -> F:
             self.analyses[name] = Analysis(name, function, tuple(requires), config, min_tasks)
@@ -119,7 +119,7 @@ class Registry:
         try:
             return self.analyses[name]
         except KeyError:
-            raise ValueError(f"no analysis {name!r}: choose from {', '.join(self.analyses)}") from None
+            raise UsageError(f"no analysis {name!r}: choose from {', '.join(self.analyses)}") from None
 
 
 REGISTRY = Registry()
@@ -168,7 +168,7 @@ class _Runner:
 
     def outcome(self, name: str) -> Outcome:
         if name in self.running:
-            raise ValueError(f"analyses that wait for each other: {', '.join(sorted(self.running))}")
+            raise UsageError(f"analyses that wait for each other: {', '.join(sorted(self.running))}")
         if name not in self.outcomes:
             self.running.add(name)
             try:

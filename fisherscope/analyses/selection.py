@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fisherscope.errors import UsageError
+
 _HALF = 1 << 16
 
 
@@ -79,7 +81,7 @@ def thresholds(
     upper = np.zeros(_HALF, np.int64)
     for scores in stretches():
         if not np.isfinite(scores).all() or (scores < 0).any():
-            raise ValueError("scores to rank must be finite and not negative: the stored Fisher is damaged")
+            raise UsageError("scores to rank must be finite and not negative: the stored Fisher is damaged")
         upper += np.bincount(_bits(scores) >> 16, minlength=_HALF)
     places = [_place(upper, keep) for keep in keeps]
     lower = {high: np.zeros(_HALF, np.int64) for high, _ in places}

@@ -16,9 +16,10 @@ import typer
 from typing_extensions import override
 
 from fisherscope.cli.console import complain
-from fisherscope.errors import FisherscopeError, Interrupted
+from fisherscope.errors import FisherscopeError, Interrupted, UsageError
 
 FAILED = 1
+MISUSED = 2
 
 P = ParamSpec("P")
 
@@ -45,6 +46,9 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
                     "stopped at once; a store keeps what was sealed, and the same command goes on",
                 )
                 raise typer.Exit(128 + signal.SIGINT) from None
+            except UsageError as error:
+                _show(error, "error", debug=debug)
+                raise typer.Exit(MISUSED) from None
             except (FisherscopeError, OSError, RuntimeError) as error:
                 if not _is_expected(error):
                     raise

@@ -82,4 +82,4 @@ def module_outputs(
         for name, module in model.named_modules():
             if name and not isinstance(module, torch.jit.ScriptModule):
                 stack.callback(module.register_forward_hook(watch(name)).remove)
-        return found, objective.predict(model, batch)
+        return found, objective.run(model, batch)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +22,7 @@ from fisherscope.instrument.header import PARTS, state_of
 from fisherscope.instrument.model_facts import ModelFacts
 from fisherscope.instrument.objectives import Objective, resolve_objective
 from fisherscope.instrument.options import CollectOptions
+from fisherscope.instrument.patterns import matching, suggestion
 from fisherscope.instrument.planning import Planner, RunPlan
 from fisherscope.instrument.prepared import prepared
 from fisherscope.instrument.tasks import Tasks, prepare_tasks
@@ -191,9 +191,12 @@ def chosen_parameters(instrumented: Sequence[str], patterns: Sequence[str] | Non
     """
     if isinstance(patterns, str):
         patterns = (patterns,)
-    names = tuple(n for n in instrumented if patterns is None or any(fnmatchcase(n, p) for p in patterns))
+    names = tuple(instrumented) if patterns is None else matching(instrumented, patterns)
     if not names:
-        raise CoverageError(f"parameters={patterns!r} matches none of the instrumented parameters")
+        raise CoverageError(
+            f"parameters={patterns!r} matches none of the instrumented parameters. "
+            f"{suggestion(instrumented, patterns or ())}scope.parameters lists them"
+        )
     return names
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from fisherscope.errors import UsageError
 from fisherscope.instrument.checking.schedule import CHECKS, Check
 from fisherscope.instrument.extensions import (
     Extension,
@@ -56,34 +57,35 @@ class CollectOptions:
         for name in ("max_length", "max_samples"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
-                raise ValueError(f"{name} must be a positive whole number or None, got {value!r}")
+                raise UsageError(f"{name} must be a positive whole number or None, got {value!r}")
         for name in ("rank", "world_size", "seed"):
-            if type(getattr(self, name)) is not int:
-                raise ValueError(f"{name} must be a whole number, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if type(value) is not int or not -(2**63) <= value < 2**63:
+                raise UsageError(f"{name} must be a whole number of at most 64 bits, got {value!r}")
         for name in ("store_text", "deterministic", "resume", "force", "quiet"):
             if type(getattr(self, name)) is not bool:
-                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+                raise UsageError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.batch_size != "auto" and (type(self.batch_size) is not int or self.batch_size < 1):
-            raise ValueError(f"batch_size must be a positive number or 'auto', got {self.batch_size!r}")
+            raise UsageError(f"batch_size must be a positive number or 'auto', got {self.batch_size!r}")
         if self.memory_budget is not None:
             if self.batch_size != "auto":
-                raise ValueError("memory_budget chooses the size of batches: leave batch_size at 'auto'")
+                raise UsageError("memory_budget chooses the size of batches: leave batch_size at 'auto'")
             object.__setattr__(self, "memory_budget", parse_bytes(self.memory_budget))
         if self.compute_dtype not in {"float32", "float64", "bfloat16"}:
-            raise ValueError(
+            raise UsageError(
                 f"compute_dtype={self.compute_dtype!r}: use 'float32', 'float64' or 'bfloat16'; "
                 "float16 cannot hold squared gradients"
             )
         if self.check not in CHECKS:
-            raise ValueError(f"check={self.check!r}: use one of {', '.join(map(repr, CHECKS))}")
+            raise UsageError(f"check={self.check!r}: use one of {', '.join(map(repr, CHECKS))}")
         if not 0 <= self.rank < self.world_size <= 10_000:
-            raise ValueError(
+            raise UsageError(
                 f"rank={self.rank} of world_size={self.world_size}: ranks are 0 to world_size - 1"
             )
         if self.world_size > 1 and not self.resume:
-            raise ValueError("resume=False with several ranks: they join one store, so name a new directory")
+            raise UsageError("resume=False with several ranks: they join one store, so name a new directory")
         if self.durability not in {"power", "process", "none"}:
-            raise ValueError(f"durability={self.durability!r}: use 'power', 'process' or 'none'")
+            raise UsageError(f"durability={self.durability!r}: use 'power', 'process' or 'none'")
         object.__setattr__(self, "extensions", resolve_extensions(self.extensions))
 
     @property

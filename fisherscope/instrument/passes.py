@@ -110,7 +110,7 @@ class BatchPass:
             watching_gradient_hooks(self.model, tensors=False) as changed,
             self._tap.attached(len(batch), *batch.widths),
         ):
-            found = self._objective.predict(self.model, batch)
+            found = self._objective.run(self.model, batch)
             losses = found.losses(len(batch)) if isinstance(found, Predictions) else found
             check_losses(losses, self.model, self._objective, batch)
             self._backward(losses, by_data, self._normalization(batch), keep_graph=bool(others))
@@ -164,7 +164,7 @@ class BatchPass:
     def forward(self, batch: Batch) -> Predictions | Tensor:
         """The forward pass alone, with all that it keeps for a backward pass."""
         with self._tap.attached(len(batch), *batch.widths):
-            return self._objective.predict(self.model, batch)
+            return self._objective.run(self.model, batch)
 
     @property
     def parameters(self) -> Mapping[str, nn.Parameter]:

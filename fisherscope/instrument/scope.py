@@ -50,7 +50,7 @@ from fisherscope.instrument.trial_run import try_run
 from fisherscope.instrument.unchanged import Structure
 from fisherscope.layout import GroupTable, ModelLayout, Partition
 from fisherscope.linalg import Dense
-from fisherscope.store import ContributionStore, StoreWriter, open_store
+from fisherscope.store import ContributionStore, StoreWriter, as_store, open_store
 from fisherscope.store.lifecycle import store_path
 
 if TYPE_CHECKING:
@@ -413,8 +413,7 @@ class Scope:
         tasks: Tasks | None,
         options: CollectOptions,
     ) -> Rerun:
-        opened = store if isinstance(store, ContributionStore) else open_store(store)
-        return rerun(opened, ids, self._planner, self._facts, tasks, options)
+        return rerun(as_store(store), ids, self._planner, self._facts, tasks, options)
 
     def _constants(self, plan: RunPlan) -> dict[str, torch.Tensor]:
         return {"groups/theta_square": self._theta_square(plan.context.groups)}

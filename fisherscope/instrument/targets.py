@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 
 import pandas as pd
 from torch import nn
@@ -13,8 +12,9 @@ from fisherscope.adapters.derived import is_derived_map, raw_parameters
 from fisherscope.adapters.injected import tuned_layers
 from fisherscope.adapters.modules import is_linear_map
 from fisherscope.adapters.tuned_parameters import Adaptation, adaptation
-from fisherscope.errors import CoverageError
+from fisherscope.errors import CoverageError, UsageError
 from fisherscope.instrument.batch_axes import CallAxes
+from fisherscope.instrument.patterns import matching, suggestion
 from fisherscope.instrument.rules import Rule, find_rule
 from fisherscope.instrument.trial import Trial, try_out
 from fisherscope.layout import ModelLayout, ParameterInfo
@@ -203,9 +203,9 @@ def _is_selected(
     info: ParameterInfo, choice: ParameterChoice, modules: list[nn.Module], tuned: Adaptation
 ) -> bool:
     if not isinstance(choice, str):
-        return any(fnmatchcase(info.name, pattern) for pattern in choice)
+        return bool(matching([info.name], choice))
     if choice not in {"all", "linear", "attention"}:
-        raise ValueError(
+        raise UsageError(
             f"parameters={choice!r} is not a choice: use 'attention', 'linear', 'all' or a list of name "
             "patterns"
         )
@@ -248,8 +248,10 @@ def _check(coverage: pd.DataFrame, choice: ParameterChoice, tuned: Adaptation) -
     is_of_adapters = bool(tuned.trained) and isinstance(choice, str) and choice != "all"
     if selected.empty:
         what = "that adapters of PEFT train in the layers" if is_of_adapters else "of the model"
+        patterns = () if isinstance(choice, str) else choice
         raise CoverageError(
             f"parameters={choice!r} matches no parameter {what}: "
+            + suggestion(list(coverage["parameter"]), patterns)
             + (_OTHERS if is_of_adapters else "see scope.coverage() for their names")
         )
     lost = selected[~selected["covered"]]

@@ -18,7 +18,7 @@ from fisherscope.analyses import (
     Outcome,
     Result,
     Skipped,
-    open_store,
+    as_store,
     run,
 )
 from fisherscope.report.facts import Facts, facts_of
@@ -52,7 +52,7 @@ def analyze(
         CorruptStoreError: the store is damaged.
         ValueError: no such analysis or task.
     """
-    store = open_store(store_or_path) if isinstance(store_or_path, str | Path) else store_or_path
+    store = as_store(store_or_path)
     chosen = config or AnalyzeConfig()
     outcomes = {name: _usable(name, outcome) for name, outcome in run(store, analyses, chosen).items()}
     return Report(outcomes, facts_of(store, chosen.tasks), chosen)

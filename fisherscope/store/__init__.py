@@ -2,7 +2,7 @@
 
 from fisherscope.store.disk import Durability
 from fisherscope.store.finalizing import Finalized, finalize
-from fisherscope.store.reader import ContributionStore, open_store
+from fisherscope.store.reader import ContributionStore, as_store, open_store
 from fisherscope.store.schema import FORMAT, FORMAT_VERSION, StoreHeader
 from fisherscope.store.segment import SegmentWriter
 from fisherscope.store.snapshot import Snapshot
@@ -22,6 +22,7 @@ __all__ = [
     "StoreHeader",
     "StoreWriter",
     "Verification",
+    "as_store",
     "finalize",
     "open_store",
     "verify",

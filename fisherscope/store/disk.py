@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from fisherscope.errors import CorruptStoreError, StoreFullError, StoreLockedError
+from fisherscope.errors import CorruptStoreError, StoreError, StoreFullError, StoreLockedError
 
 Durability = Literal["power", "process", "none"]
 DURABILITIES: tuple[Durability, ...] = ("power", "process", "none")
@@ -23,6 +23,7 @@ DURABILITIES: tuple[Durability, ...] = ("power", "process", "none")
 TMP_PREFIX = ".tmp-"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+_NO_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 _FULLSYNC: int | None = getattr(fcntl, "F_FULLFSYNC", None)  # macOS: fsync does not reach the platter there
 
 logger = logging.getLogger(__name__)
@@ -98,11 +99,24 @@ def read_at(fd: int, buffer: memoryview, offset: int) -> None:
 
 
 def sync(fd: int) -> None:
-    """Wait until the file's bytes are on the medium."""
-    if _FULLSYNC is not None:
-        fcntl.fcntl(fd, _FULLSYNC)
-    else:
-        os.fsync(fd)
+    """Wait until the file's bytes are on the medium.
+
+    Raises:
+        StoreError: the file system knows no such thing.
+    """
+    try:
+        if _FULLSYNC is not None:
+            fcntl.fcntl(fd, _FULLSYNC)
+        else:
+            os.fsync(fd)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+        raise StoreError(
+            f"the file system of the store cannot promise that anything outlives a loss of power "
+            f"({error.strerror}): collect with durability='process' (--durability process), or onto another "
+            "disk"
+        ) from error
 
 
 def sync_path(path: Path) -> None:

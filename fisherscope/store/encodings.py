@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from fisherscope.errors import UsageError
 from fisherscope.layout import ModelLayout
 from fisherscope.store.dtypes import gradient_dtype
 from fisherscope.store.position_plan import side_of
@@ -74,26 +75,26 @@ class Encodings:
         stored = set(gradient_parameters)
         for name, kind in self.of.items():
             if kind not in ENCODINGS or name not in stored:
-                raise ValueError(f"{name!r} is no stored gradient that can be {kind!r}")
+                raise UsageError(f"{name!r} is no stored gradient that can be {kind!r}")
             if kind != "dense" and len(layout.parameter(name).shape) != 2:
-                raise ValueError(f"{name!r} is no matrix: its gradients cannot be {kind!r}")
+                raise UsageError(f"{name!r} is no matrix: its gradients cannot be {kind!r}")
         factored = set(self.named("factored"))
         if self.inputs.keys() != factored or not factored.issuperset(self.transposed):
-            raise ValueError("the inputs of factored gradients are not those of the factored parameters")
+            raise UsageError("the inputs of factored gradients are not those of the factored parameters")
         for name, shared in self.inputs.items():
             if self.inputs.get(shared) != shared:
-                raise ValueError(f"the input of {name!r} lies under {shared!r}, which has none of its own")
+                raise UsageError(f"the input of {name!r} lies under {shared!r}, which has none of its own")
             if self._input_of(layout, name) != self._input_of(layout, shared):
-                raise ValueError(f"{name!r} and {shared!r} cannot have the same input")
+                raise UsageError(f"{name!r} and {shared!r} cannot have the same input")
         has_rank = type(self.rank) is int and 1 <= self.rank <= MAX_RANK
         if not has_rank and (self.rank is not None or self.named("lowrank")):
-            raise ValueError(f"{self.rank!r} is no rank from 1 to {MAX_RANK}")
+            raise UsageError(f"{self.rank!r} is no rank from 1 to {MAX_RANK}")
 
     def _input_of(self, layout: ModelLayout, parameter: str) -> tuple[str, int]:
         """Whose positions its layer sees, and how many features it is given."""
         side = side_of(layout, parameter)
         if side is None:
-            raise ValueError(f"it is not known whose positions the layer of {parameter!r} sees")
+            raise UsageError(f"it is not known whose positions the layer of {parameter!r} sees")
         return side, layout.parameter(parameter).shape[1 - self.output_axis(parameter)]
 
     def to_json(self) -> dict[str, Any]:
@@ -116,8 +117,8 @@ class Encodings:
         of, inputs = data.get("gradient_encodings", {}), data.get("gradient_inputs", {})
         transposed = data.get("gradient_transposed", [])
         if not isinstance(of, dict) or not isinstance(inputs, dict) or not isinstance(transposed, list):
-            raise ValueError("the encodings of gradients have another form than expected")  # noqa: TRY004
+            raise UsageError("the encodings of gradients have another form than expected")
         if not all(isinstance(name, str) for name in [*of.values(), *inputs.values(), *transposed]):
-            raise ValueError("the encodings of gradients hold something else than names")
+            raise UsageError("the encodings of gradients hold something else than names")
         dtype = data.get("factor_dtype", "bfloat16")
         return cls(dict(of), dict(inputs), tuple(transposed), data.get("gradient_rank"), dtype)

@@ -13,7 +13,7 @@ import numpy as np
 from fisherscope.layout import ModelLayout
 from fisherscope.store.keys import KEYS_DIRECTORY
 from fisherscope.store.ledger import Ledger
-from fisherscope.store.reader import ContributionStore, open_store
+from fisherscope.store.reader import ContributionStore, as_store
 from fisherscope.store.schema import FORMAT, FORMAT_VERSION, HEADER_FILE, JOURNAL_DIRECTORY
 from fisherscope.store.shard_record import ShardRecord
 from fisherscope.store.token_texts import TOKENS_FILE
@@ -48,7 +48,7 @@ def describe(store: ContributionStore | str | Path) -> dict[str, Any]:
         StoreFormatError: the directory is not a store.
         CorruptStoreError: it is damaged.
     """
-    opened = store if isinstance(store, ContributionStore) else open_store(store)
+    opened = as_store(store)
     header = opened.header
     return {
         "path": str(opened.path),

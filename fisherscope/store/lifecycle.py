@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from fisherscope.errors import CorruptStoreError, StoreExistsError
+from fisherscope.errors import CorruptStoreError, StoreError, StoreExistsError, UsageError
 from fisherscope.store import disk
 from fisherscope.store.disk import Durability
 from fisherscope.store.journal import journal_file
@@ -31,6 +31,7 @@ from fisherscope.store.token_texts import TOKENS_FILE
 
 logger = logging.getLogger(__name__)
 
+_LONGEST_NAME = 255
 _TMP_HEADER = f"{disk.TMP_PREFIX}{HEADER_FILE}"
 
 
@@ -42,11 +43,21 @@ def store_path(path: str | Path) -> Path:
     """The directory of a store that a user names, whole: it stays when the working directory changes.
 
     Raises:
-        ValueError: the path is empty.
+        ValueError: the path is empty, or no path.
+        StoreError: a name in it is longer than file systems take.
     """
+    if not isinstance(path, str | Path):
+        raise UsageError(f"{path!r} is no path: name the directory of one store, such as 'run.fs'")
     if not str(path):
-        raise ValueError("the path of a store is empty: name a directory, such as 'run.fs'")
-    return Path(path).expanduser().absolute()
+        raise UsageError("the path of a store is empty: name a directory, such as 'run.fs'")
+    whole = Path(path).expanduser().absolute()
+    for part in whole.parts:
+        if (size := len(os.fsencode(part))) > _LONGEST_NAME:
+            raise StoreError(
+                f"{part[:20]}... is a name of {size} bytes, and file systems take {_LONGEST_NAME}: choose a "
+                "shorter one"
+            )
+    return whole
 
 
 def is_stray(name: str) -> bool:

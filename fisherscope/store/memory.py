@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from fisherscope.errors import MemoryBudgetError
+from fisherscope.errors import MemoryBudgetError, UsageError
 
 # what a call takes beside its result at most: stored bytes are brought into shape piece by piece
 WORKING_BYTES = 64 << 20
@@ -34,14 +34,14 @@ def parse_bytes(text: str | int) -> int:
     if isinstance(text, str):
         match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
         if match is None or match[2].upper() not in _UNITS:
-            raise ValueError(
+            raise UsageError(
                 f"{text!r} is no amount of memory: give bytes, or a text such as '8GB' or '500MiB'"
             )
         text = int(float(match[1]) * _UNITS[match[2].upper()])
     elif type(text) is not bool and hasattr(text, "__index__"):
         text = operator.index(text)
     if type(text) is not int or text < 1:
-        raise ValueError(f"{text!r} is no amount of memory: give a positive number of bytes, or '8GB'")
+        raise UsageError(f"{text!r} is no amount of memory: give a positive number of bytes, or '8GB'")
     return text
 
 

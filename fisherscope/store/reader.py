@@ -14,6 +14,7 @@ import xarray as xr
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fisherscope.errors import UsageError
 from fisherscope.layout import ParameterSlice
 from fisherscope.layout.attention import Part
 from fisherscope.linalg import PerSampleGradient
@@ -54,6 +55,23 @@ def open_store(path: str | Path, memory_budget: int | str | None = None) -> Cont
         ValueError: ``memory_budget`` is no amount of memory.
     """
     return ContributionStore(path, memory_budget)
+
+
+def as_store(store: ContributionStore | str | Path) -> ContributionStore:
+    """An open store as it is, or the store of a path, opened.
+
+    Raises:
+        ValueError: it is neither.
+        StoreFormatError, CorruptStoreError: as for :func:`open_store`.
+    """
+    if isinstance(store, ContributionStore):
+        return store
+    if not isinstance(store, str | Path):
+        raise UsageError(
+            f"a {type(store).__name__} is no store: pass one store, or the path of its directory. Several "
+            "tasks are compared where they are collected into one store"
+        )
+    return open_store(store)
 
 
 class ContributionStore(OpenStore):

@@ -236,9 +236,9 @@ def read_header(root: Path) -> tuple[StoreHeader, str]:
     try:
         content = disk.read_inside(root, HEADER_FILE, limit=MAX_HEADER_BYTES)
     except (FileNotFoundError, NotADirectoryError):
-        what = "has no store.json" if root.is_dir() else "is not a directory"
         raise StoreFormatError(
-            f"{root} is not a fisherscope store: it {what}. A store is the directory that collect() wrote"
+            f"{root} is not a fisherscope store: it {_what_is_there(root)}. A store is the directory that "
+            "collect() wrote"
         ) from None
     try:
         data = json.loads(content, parse_constant=_no_constant)
@@ -257,6 +257,15 @@ def read_header(root: Path) -> tuple[StoreHeader, str]:
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise CorruptStoreError(f"{path} is damaged: {error}. Restore it from a copy") from error
     return header, hashlib.sha256(content).hexdigest()
+
+
+def _what_is_there(root: Path) -> str:
+    """What a path is that is no store, as the rest of a sentence."""
+    if root.is_symlink() and not root.exists():
+        return f"is a link to {root.readlink()}, which does not exist"
+    if not root.exists():
+        return "does not exist (was it moved or deleted?)"
+    return "has no store.json" if root.is_dir() else "is a file"
 
 
 def _refuse_unknown_features(root: Path, required: Any) -> None:

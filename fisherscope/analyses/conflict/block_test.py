@@ -7,6 +7,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from fisherscope.analyses.conflict.inputs import finite
+from fisherscope.errors import UsageError
 
 Values = NDArray[np.float64]
 
@@ -43,10 +44,10 @@ def block_test(cross: ArrayLike, *, margin: ArrayLike = 0.0) -> tuple[Values, Va
     values = finite("cross", cross, dimensions=(2, 3, 4))
     bound = np.asarray(margin, np.float64)
     if not (bound >= 0).all():
-        raise ValueError(f"margin is {margin!r}: it is how far below 0 a mean still counts as none, >= 0")
+        raise UsageError(f"margin is {margin!r}: it is how far below 0 a mean still counts as none, >= 0")
     n_a, n_b = values.shape[-2:]
     if min(n_a, n_b) < 2:
-        raise ValueError(f"cross has shape {values.shape}: the test needs at least 2 samples of each task")
+        raise UsageError(f"cross has shape {values.shape}: the test needs at least 2 samples of each task")
     mean = values.mean((-2, -1))
     rest = values - mean[..., None, None]
     size = (n_a * n_b) ** 2

@@ -20,8 +20,8 @@ from fisherscope.analyses.context import Context
 from fisherscope.analyses.quantities import missing
 from fisherscope.analyses.result import Result
 from fisherscope.analyses.slices import SliceReader
-from fisherscope.errors import NotStoredError
-from fisherscope.store import ContributionStore, open_store
+from fisherscope.errors import NotStoredError, UsageError
+from fisherscope.store import ContributionStore, as_store
 from fisherscope.torch_state import in_standard_state
 
 
@@ -101,8 +101,8 @@ def calibrate(
         StoreFormatError: the path is no store.
     """
     if splits < 1:
-        raise ValueError(f"splits is {splits}: at least 1 is needed")
-    opened = open_store(store) if isinstance(store, str | Path) else store
+        raise UsageError(f"splits is {splits}: at least 1 is needed")
+    opened = as_store(store)
     settings = config or AnalyzeConfig()
     context = Context(opened, settings)
     if (reason := missing(opened, ("gradients",))) is not None:

@@ -7,6 +7,8 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fisherscope.errors import UsageError
+
 Values = NDArray[np.float64]
 Correction = Literal["bh", "by", "ebh"]
 
@@ -28,7 +30,7 @@ def adjust(p: ArrayLike, method: Correction = "bh") -> Values:
     """
     values = _checked(p)
     if method not in get_args(Correction):
-        raise ValueError(f"method is {method!r}; it must be one of {', '.join(get_args(Correction))}")
+        raise UsageError(f"method is {method!r}; it must be one of {', '.join(get_args(Correction))}")
     if not values.size:
         return values
     if method == "ebh":
@@ -69,7 +71,7 @@ def e_bh(e: ArrayLike) -> Values:
     """
     values = np.asarray(e, np.float64)
     if not (values >= 0).all():
-        raise ValueError("e-values must be numbers >= 0")
+        raise UsageError("e-values must be numbers >= 0")
     flat = values.ravel()
     order = np.argsort(-flat, kind="stable")
     with np.errstate(divide="ignore"):
@@ -100,5 +102,5 @@ def _checked(p: ArrayLike) -> Values:
     values = np.asarray(p, np.float64)
     if not ((values >= 0) & (values <= 1)).all():
         bad = np.count_nonzero(~((values >= 0) & (values <= 1)))
-        raise ValueError(f"{bad} of {values.size} p-values are NaN or outside [0, 1]")
+        raise UsageError(f"{bad} of {values.size} p-values are NaN or outside [0, 1]")
     return values

@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fisherscope.analyses.conflict.corrections import Correction, adjust
 from fisherscope.analyses.conflict.inputs import finite
+from fisherscope.errors import UsageError
 
 Values = NDArray[np.float64]
 
@@ -34,9 +35,9 @@ def cauchy_combination(p: ArrayLike, axis: int = 0) -> Values:
     """
     values = np.asarray(p, np.float64)
     if not ((values >= 0) & (values <= 1)).all():
-        raise ValueError("p-values must be numbers between 0 and 1")
+        raise UsageError("p-values must be numbers between 0 and 1")
     if not values.size:
-        raise ValueError(f"there are no p-values to combine in an array of shape {values.shape}")
+        raise UsageError(f"there are no p-values to combine in an array of shape {values.shape}")
     return _tail_of(np.mean(_cotangent(values), axis=axis))
 
 
@@ -113,7 +114,7 @@ def group_test(p: ArrayLike, *, level: float = 0.05, method: Correction = "bh") 
     """
     values = finite("p", p, dimensions=(3,))
     if not 0 < level < 1:
-        raise ValueError(f"level is {level}; a false discovery rate lies between 0 and 1")
+        raise UsageError(f"level is {level}; a false discovery rate lies between 0 and 1")
     combined = cauchy_combination(values)
     q = adjust(combined, method)
     selected = q <= level

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fisherscope.errors import UsageError
+
 Matrix = NDArray[np.float64]
 
 # Samples with cosines above 1 - this are copies of each other, up to rounding.
@@ -28,10 +30,10 @@ def finite(name: str, values: ArrayLike, *, dimensions: tuple[int, ...]) -> Matr
     array = np.asarray(values, np.float64)
     if array.ndim not in dimensions:
         allowed = " or ".join(str(d) for d in dimensions)
-        raise ValueError(f"{name} has shape {array.shape}; it must have {allowed} dimensions")
+        raise UsageError(f"{name} has shape {array.shape}; it must have {allowed} dimensions")
     if not (good := np.isfinite(array)).all():
         first = tuple(int(i) for i in np.argwhere(~good)[0])
-        raise ValueError(
+        raise UsageError(
             f"{name} has {np.count_nonzero(~good)} entries that are NaN or infinite, the first at {first}: "
             "a sample without a gradient there has no cosines; leave it out and test the others"
         )
@@ -63,16 +65,16 @@ def unit_grams(
     ):
         gram = finite(name, values, dimensions=(2,))
         if gram.shape != (n, n):
-            raise ValueError(
+            raise UsageError(
                 f"{name} has shape {gram.shape}, but cross has shape {across.shape}: it must be ({n}, {n})"
             )
         if n < least:
-            raise ValueError(f"{name} has {n} samples; the test needs at least {least} of each task")
+            raise UsageError(f"{name} has {n} samples; the test needs at least {least} of each task")
         within.append(_cosines(name, gram))
     (left, length_a), (right, length_b) = within
     across = across / length_a[:, None] / length_b
     if (largest := np.abs(across).max()) > 1 + _ROUNDING:
-        raise ValueError(
+        raise UsageError(
             f"cross has a cosine of {largest:.3g} by the diagonals of within_a and within_b: the three "
             "matrices must be inner products of the same vectors"
         )
@@ -83,12 +85,12 @@ def _cosines(name: str, gram: Matrix) -> tuple[Matrix, Matrix]:
     squares = gram.diagonal()
     if (squares <= 0).any():
         first = int(np.argmin(squares > 0))
-        raise ValueError(
+        raise UsageError(
             f"{name} has {squares[first]:.3g} on its diagonal at sample {first}: without a gradient there is "
             "no cosine; leave such samples out and test the others"
         )
     lengths = np.sqrt(squares)
     cosines = gram / lengths[:, None] / lengths
     if np.abs(cosines - cosines.T).max() > _ROUNDING:
-        raise ValueError(f"{name} is not symmetric: it must hold the inner products u_i.u_j of one task")
+        raise UsageError(f"{name} is not symmetric: it must hold the inner products u_i.u_j of one task")
     return cosines, lengths

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fisherscope.analyses.slices import Block
-from fisherscope.errors import NotStoredError
+from fisherscope.errors import NotStoredError, UsageError
 from fisherscope.layout.attention import role_of
 from fisherscope.linalg import Factored
 from fisherscope.store import ContributionStore
@@ -123,7 +123,7 @@ class FactorSource:
         shapes = (tuple(left.shape), tuple(right.shape))
         rows, columns = block.partition.shape
         if shapes != ((positions, rows), (positions, columns)):
-            raise ValueError(
+            raise UsageError(
                 f"the factors of {parameter} of {sample.id} have shapes {shapes}, and the sample has "
                 f"{positions} positions and the parameter shape {(rows, columns)}: pass what "
                 f"scope.factors(store, [{sample.id!r}]) returns"
@@ -195,7 +195,7 @@ def shared_side(store: ContributionStore, blocks: list[Block]) -> Side:
     sides = {side_of(store.layout, block.partition.parameter) for block in blocks}
     (side, *others) = sides
     if others or side is None:
-        raise ValueError(
+        raise UsageError(
             "some of these weights see the positions of the input, others those of the target: choose by "
             'stack="encoder" or stack="decoder", or one block of the cross attention'
         )

@@ -19,7 +19,7 @@ from fisherscope.analyses.conflict.position_factors import (
 from fisherscope.analyses.conflict.position_grams import PositionGram
 from fisherscope.analyses.conflict.position_view import PositionView, pair_frame, position_frame
 from fisherscope.analyses.slices import Block, SliceReader, damping
-from fisherscope.errors import NotStoredError
+from fisherscope.errors import NotStoredError, UsageError
 from fisherscope.store import ContributionStore
 from fisherscope.torch_state import in_standard_state
 
@@ -120,9 +120,9 @@ def carrying_positions_of_pairs(
         One view per pair.
     """
     if head is not None and (layer is None or block is None):
-        raise ValueError(f"head={head} is a head of one block: give layer= and block=, too")
+        raise UsageError(f"head={head} is a head of one block: give layer= and block=, too")
     if resamples < 1 or not 0 < confidence < 1:
-        raise ValueError(f"resamples={resamples} must be at least 1, confidence={confidence} between 0 and 1")
+        raise UsageError(f"resamples={resamples} must be at least 1, confidence={confidence} between 0 and 1")
     blocks = chosen_blocks(store, layer, block, stack)
     if head is not None:
         _ = [b.partition[head] for b in blocks]

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from fisherscope.errors import UsageError
+
 FILTER = ["sample", "task", "against", "reason", "degree", "mean_cosine"]
 REWEIGHT = ["task", "sample", "weight"]
 CURRICULUM = ["task", "sample", "order", "loss", "gradient_norm", "difficulty", "level", "degree"]
@@ -232,5 +234,5 @@ def _order(task: str, sample: str) -> tuple[str, float, str]:
 def _row(task: str, sample: str) -> int:
     row = sample.removeprefix(f"{task}_")
     if row == sample or not row.isdecimal():
-        raise ValueError(f"{sample!r} is no id of task {task!r}: ids are the task, an underscore and the row")
+        raise UsageError(f"{sample!r} is no id of task {task!r}: ids are the task, an underscore and the row")
     return int(row)

@@ -7,6 +7,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from fisherscope.analyses.conflict.inputs import finite
+from fisherscope.errors import UsageError
 
 _SMALLEST = 1e-300
 # Copies of a sample have cosines that differ by the rounding of float32 products.
@@ -36,7 +37,7 @@ def sample_test(cross: ArrayLike) -> NDArray[np.float64]:
     values = finite("cross", cross, dimensions=(2, 3, 4))
     n = values.shape[-1]
     if n < 2:
-        raise ValueError(
+        raise UsageError(
             f"cross has shape {values.shape}: with {n} samples of the other task there is no measure of "
             "spread; at least 2 are needed"
         )

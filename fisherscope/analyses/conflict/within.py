@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fisherscope.errors import UsageError
+
 Values = NDArray[np.float64]
 
 # No sample's scale is below this share of the task's: a quiet row has not shown that it is quiet.
@@ -48,7 +50,7 @@ class Within:
         is_negative = around < 0
         sums, counts = negative.sum(1), is_negative.sum(1)
         if not sums.any():
-            raise ValueError(
+            raise UsageError(
                 f"{name}: the samples do not differ from each other, which leaves no noise to compare with; "
                 "use samples that are not copies of one"
             )

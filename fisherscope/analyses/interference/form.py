@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fisherscope.errors import UsageError
 from fisherscope.store import ContributionStore
 
 Operand = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -140,7 +141,7 @@ def interference_matrix(
         ValueError: no such form.
     """
     if form not in FORMS:
-        raise ValueError(f"no form {form!r} of single entries: choose from {', '.join(FORMS)}")
+        raise UsageError(f"no form {form!r} of single entries: choose from {', '.join(FORMS)}")
     white = whitening(fisher, lam)
     found = product(FORMS[form], first, second.to(first.dtype), white.to(first.dtype)).scores
     return found.div_(fisher.numel()) if aggregate == "mean" else found

@@ -14,6 +14,7 @@ from fisherscope.analyses.interference.full import FullScorer
 from fisherscope.analyses.interference.measuring import applied, nothing_stored, rows_to_load, scorer_for
 from fisherscope.analyses.quantities import collecting_heads
 from fisherscope.analyses.slices import Block, Loaded, SliceReader, find_block
+from fisherscope.errors import UsageError
 from fisherscope.store import ContributionStore
 from fisherscope.torch_state import in_standard_state
 
@@ -57,7 +58,7 @@ def matrix(
     """
     config = config or InterferenceConfig()
     if leave_pair_out and config.form != "full":
-        raise ValueError(f"leave_pair_out is for the form 'full', not for {config.form!r}")
+        raise UsageError(f"leave_pair_out is for the form 'full', not for {config.form!r}")
     found = find_block(store, layer, block, config.part, stack)
     if not 0 <= head < len(found):
         raise IndexError(f"{block} of layer {layer} has {len(found)} heads, asked for {head}")
@@ -129,7 +130,7 @@ def compute_sample_pair(
                 f"task {task!r} has {n} samples, and gradients of the first {stored}: asked for row {row}"
             )
     if (task_a, sample_i) == (task_b, sample_j):
-        raise ValueError(
+        raise UsageError(
             f"sample {sample_i} of {task_a!r} does not interfere with itself: choose two samples"
         )
     if warn_of_empty(reader, (task_a, task_b)):

@@ -12,7 +12,7 @@ from backpack.extensions.firstorder.base import FirstOrderBackpropExtension
 from torch import Tensor
 from typing_extensions import override
 
-from fisherscope.errors import FisherscopeError
+from fisherscope.errors import FisherscopeError, UsageError
 from fisherscope.instrument.backpack.surrogate import run_on_gradients
 from fisherscope.instrument.emission import Emission
 from fisherscope.instrument.extensions import Collector, Extension
@@ -57,13 +57,13 @@ class FromBackpack(Extension):
             )
         kind = type(self.extension).__name__
         if self.extension.get_subsampling() is not None:
-            raise ValueError(
+            raise UsageError(
                 f"FromBackpack({kind}(subsampling=...)): places in a batch mean nothing in a collection; use "
                 "max_samples"
             )
         reduction = self.reduction or _REDUCTIONS.get(type(self.extension))
         if reduction not in {"sum", "samples", "variance"}:
-            raise ValueError(
+            raise UsageError(
                 f"FromBackpack({kind}(), reduction={self.reduction!r}): say how results of batches become "
                 "one, 'sum', 'samples' or 'variance'"
             )

@@ -126,7 +126,7 @@ class BatchProof:
             torch.set_rng_state(self._random[0])
             for device, state in zip(devices, self._random[1:], strict=True):
                 torch.cuda.set_rng_state(state, device)
-            yield self.objective.predict(model, batch), changed
+            yield self.objective.run(model, batch), changed
 
 
 def _device_states() -> list[Tensor]:

@@ -90,7 +90,7 @@ class Repetition:
 
         def run_longest() -> None:
             with torch.no_grad():
-                self.objective.predict(self.model, self.make(samples[longest]))
+                self.objective.run(self.model, self.make(samples[longest]))
 
         run_longest()
         for row, before in zip(reversed(chosen), reversed(first), strict=True):
@@ -153,7 +153,7 @@ class Repetition:
         )
         # an objective of the user's own may want more than that: it is only a try
         with torch.no_grad(), suppress(Exception):
-            self.objective.predict(self.model, self.make(tiny))
+            self.objective.run(self.model, self.make(tiny))
 
 
 def probe_rows(lengths: Sequence[int]) -> tuple[list[int], int]:

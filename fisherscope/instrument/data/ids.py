@@ -65,7 +65,7 @@ def _attended(mask: Any, length: int, place: Place) -> tuple[int, int]:
             f"an attention_mask with {dimensions(mask)} axes per sample marks a packed or specially masked "
             f"row: {_UNPACK}"
         )
-    values = integers(mask, "attention_mask", place)
+    values = integers(mask, "attention_mask", place, truth=True)
     if len(values) != length:
         raise place.error(f"{len(values)} entries of attention_mask for {length} input_ids")
     if odd := set(values) - {0, 1}:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from fisherscope.errors import DataError
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+MAX_LINE_BYTES = 64 << 20
+
+
+class Readable(Protocol):
+    """Something to read lines from, compressed or not."""
+
+    def readline(self, size: int, /) -> bytes:
+        """The next line, or so many bytes of it."""
 
 
 class JsonlRow(dict[str, Any]):
@@ -20,12 +28,12 @@ class JsonlRow(dict[str, Any]):
         self.source = source
 
 
-def read_jsonl(path: str | Path, lines: Iterable[bytes] | None = None) -> list[dict[str, Any]]:
+def read_jsonl(path: str | Path, file: Readable | None = None) -> list[dict[str, Any]]:
     """Read a file of one JSON object per line; blank lines are skipped.
 
     Args:
         path: the file.
-        lines: its lines, where they do not stand in it as they are.
+        file: what to read its lines from, where it is open already or compressed.
 
     Returns:
         The objects in file order. Each remembers its file and line, so that later errors can name them.
@@ -36,11 +44,11 @@ def read_jsonl(path: str | Path, lines: Iterable[bytes] | None = None) -> list[d
     """
     path = Path(path).expanduser()
     try:
-        if lines is not None:
-            rows = _rows(path, lines)
+        if file is not None:
+            rows = _rows(path, _lines(path, file))
         else:
             with path.open("rb") as handle:
-                rows = _rows(path, handle)
+                rows = _rows(path, _lines(path, handle))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; a task is a file with one JSON object per line") from None
     except OSError as error:
@@ -50,6 +58,18 @@ def read_jsonl(path: str | Path, lines: Iterable[bytes] | None = None) -> list[d
     if not rows:
         raise DataError(f"{path}: the file holds no rows; write one JSON object per line")
     return rows
+
+
+def _lines(path: Path, file: Readable) -> Iterator[bytes]:
+    """The lines of a file, none of which takes more memory than a row may: a device has no end."""
+    number = 0
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if len(line) > MAX_LINE_BYTES:
+            raise DataError(
+                f"{path}, line {number}: longer than {MAX_LINE_BYTES >> 20} MiB; each line must be one row"
+            )
+        yield line
 
 
 def _rows(path: Path, lines: Iterable[bytes]) -> list[dict[str, Any]]:
@@ -72,6 +92,8 @@ def _parse(raw: bytes, source: str) -> dict[str, Any]:
             f"{source}: not valid JSON ({error.msg} at column {error.colno}); "
             "each line must be one whole JSON object"
         ) from error
+    except ValueError as error:  # a number of thousands of digits
+        raise DataError(f"{source}: {error}; write numbers that a model can use") from error
     except RecursionError as error:
         raise DataError(f"{source}: JSON nested too deeply to read; flatten the row") from error
     if not isinstance(value, dict):

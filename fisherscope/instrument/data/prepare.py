@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from fisherscope.errors import DataError
+from fisherscope.errors import DataError, UsageError
 from fisherscope.instrument.data.next_token import encode_next_token
 from fisherscope.instrument.data.place import Encoded, Place
 from fisherscope.instrument.data.reaching import CheckRow, without_needless_types
@@ -63,13 +64,14 @@ def prepare_task(
         ValueError: ``max_length`` or ``max_samples`` is too small.
     """
     if max_length is not None and max_length < 2:
-        raise ValueError(f"max_length must be at least 2 (position 0 bears no loss), it is {max_length}")
+        raise UsageError(f"max_length must be at least 2 (position 0 bears no loss), it is {max_length}")
     if max_samples is not None and max_samples < 1:
-        raise ValueError(f"max_samples must be at least 1, it is {max_samples}")
+        raise UsageError(f"max_samples must be at least 1, it is {max_samples}")
     limits = _Limits(max_length, vocab_size, max_positions, *_label_range(vocab_size, classes))
     reading = Reading(tokenizer, config, max_length, seed)
     walked = []
-    for place, row in itertools.islice(walk(name, rows, check), max_samples):
+    most = None if max_samples is None else min(max_samples, sys.maxsize)
+    for place, row in itertools.islice(walk(name, rows, check), most):
         encoded = encode(row, reading, place)
         if not token_types:
             encoded = without_needless_types(encoded, place)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
+from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -44,45 +45,56 @@ def read_task_file(path: str | Path) -> list[dict[str, Any]]:
             'or write JSON lines with frame.to_json(path, orient="records", lines=True)'
         )
     try:
-        with path.open("rb") as handle:
-            start = handle.read(4096)
+        # opened once: a pipe cannot be read twice
+        handle = path.open("rb")
+    except OSError:
+        return read_jsonl(path)  # says what is wrong
+    with handle:
+        return _rows_of(path, handle)
+
+
+def _rows_of(path: Path, handle: BufferedReader) -> list[dict[str, Any]]:
+    """The rows of an open file, by what its first bytes say that it is."""
+    try:
+        start = handle.peek(4096)
     except OSError:
         return read_jsonl(path)  # says what is wrong
     if start.startswith(_PARQUET):
-        return _parquet(path)
+        return _parquet(path, handle)
     for magic, what in _OTHERS.items():
         if start.startswith(magic):
             raise DataError(f"{path}: {what}; unpack it to a file with one JSON object per line")
     if start.startswith(_GZIP):
-        return _unpacked(path)
+        return _unpacked(path, handle)
     if start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
-        return _json_list(path)
-    return read_jsonl(path)
+        return _json_list(path, handle)
+    return read_jsonl(path, handle)
 
 
-def _unpacked(path: Path) -> list[dict[str, Any]]:
+def _unpacked(path: Path, packed: BufferedReader) -> list[dict[str, Any]]:
     try:
-        with gzip.open(path, "rb") as handle:
+        with gzip.open(packed, "rb") as handle:
             return read_jsonl(path, handle)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path}: the gzip file is damaged or cut off ({error}); copy it again") from error
 
 
-def _json_list(path: Path) -> list[dict[str, Any]]:
+def _json_list(path: Path, handle: BufferedReader) -> list[dict[str, Any]]:
+    content = handle.read()
     try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
+        values = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError):
-        return read_jsonl(path)  # names the line
+        return read_jsonl(path, BytesIO(content))  # names the line
     if not values or not all(isinstance(value, dict) for value in values):
-        return read_jsonl(path)
+        return read_jsonl(path, BytesIO(content))
     return [JsonlRow(value, f"{path}, entry {number}") for number, value in enumerate(values)]
 
 
-def _parquet(path: Path) -> list[dict[str, Any]]:
+def _parquet(path: Path, handle: BufferedReader) -> list[dict[str, Any]]:
     try:
         import pandas as pd
 
-        frame = pd.read_parquet(path)
+        frame = pd.read_parquet(handle if handle.seekable() else BytesIO(handle.read()))
     except ImportError:
         raise DataError(
             f"{path}: a parquet file, which pandas reads with pyarrow: install it (pip install pyarrow), "

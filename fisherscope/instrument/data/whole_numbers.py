@@ -29,8 +29,14 @@ def _is_number(item: Any) -> bool:
     return isinstance(item, int | float) or getattr(item, "ndim", None) == 0
 
 
-def integers(value: Any, what: str, place: Place) -> list[int]:
+def integers(value: Any, what: str, place: Place, *, truth: bool = False) -> list[int]:
     """The entries of a 1-D tensor, array or list of whole numbers.
+
+    Args:
+        value: what the row holds.
+        what: its name.
+        place: of the row.
+        truth: whether True and False are numbers here, as in a mask.
 
     Raises:
         DataError: not one-dimensional, or not whole numbers.
@@ -40,6 +46,8 @@ def integers(value: Any, what: str, place: Place) -> list[int]:
         found = f"{axes}-dimensional" if axes is not None else f"a {type(value).__name__} of other things"
         raise place.error(f"{what} must be one list of whole numbers per sample, it is {found}")
     items = value.tolist() if hasattr(value, "tolist") else value
+    if not truth and any(isinstance(item, bool) for item in items):
+        raise place.error(f"{what} must be whole numbers, it holds True and False: is it a mask?")
     try:
         return [operator.index(item) for item in items]
     except TypeError:

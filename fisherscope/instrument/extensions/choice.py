@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 
-from fisherscope.errors import CoverageError
+from fisherscope.errors import CoverageError, UsageError
+from fisherscope.instrument.patterns import matching, suggestion
 from fisherscope.layout import ModelLayout
 
 Choice = str | Sequence[str]
@@ -20,7 +20,7 @@ def checked_choice(extension: str, parameters: Choice) -> Choice:
     if not isinstance(parameters, str):
         return tuple(parameters)
     if parameters not in {"attention", "all"}:
-        raise ValueError(f"{extension}(parameters={parameters!r}): use 'attention', 'all' or name patterns")
+        raise UsageError(f"{extension}(parameters={parameters!r}): use 'attention', 'all' or name patterns")
     return parameters
 
 
@@ -31,12 +31,8 @@ def chosen_weights(layout: ModelLayout, instrumented: Sequence[str], parameters:
     mixers of the layers, too, but no router; patterns take any matrix.
     """
     if not isinstance(parameters, str):
-        patterns = tuple(parameters)
-        return tuple(
-            name
-            for name in instrumented
-            if len(layout.parameter(name).shape) == 2 and any(fnmatchcase(name, p) for p in patterns)
-        )
+        matrices = (name for name in instrumented if len(layout.parameter(name).shape) == 2)
+        return matching(matrices, parameters)
     kinds = {"attention"} if parameters == "attention" else {"attention", "mlp"}
     mixers = set() if parameters == "attention" else {rows.weight.parameter for rows in layout.rows}
     infos = [layout.parameter(name) for name in instrumented if name.endswith(".weight")]
@@ -49,9 +45,10 @@ def chosen_weights(layout: ModelLayout, instrumented: Sequence[str], parameters:
     )
 
 
-def none_chosen(extension: str, parameters: Choice) -> CoverageError:
+def none_chosen(extension: str, parameters: Choice, instrumented: Sequence[str]) -> CoverageError:
     """What to raise where a choice comes to nothing."""
+    patterns = () if isinstance(parameters, str) else parameters
     return CoverageError(
-        f"{extension}(parameters={parameters!r}) matches no instrumented weight of a linear map: "
-        "scope.parameters lists what is instrumented"
+        f"{extension}(parameters={parameters!r}) matches no instrumented weight of a linear map. "
+        f"{suggestion(instrumented, patterns)}scope.parameters lists what is instrumented"
     )

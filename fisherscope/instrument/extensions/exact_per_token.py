@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 from typing_extensions import override
 
+from fisherscope.errors import UsageError
 from fisherscope.instrument.extensions.base import Collector, Context, Extension
 from fisherscope.instrument.extensions.labelled_fisher import LabelledFisherCollector
 from fisherscope.instrument.extensions.registry import register_extension
@@ -29,7 +30,7 @@ class ExactPerToken(Extension):
 
     def __post_init__(self) -> None:
         if self.shape not in {"full", "groups"}:
-            raise ValueError(f"ExactPerToken(shape={self.shape!r}): use 'full' or 'groups'")
+            raise UsageError(f"ExactPerToken(shape={self.shape!r}): use 'full' or 'groups'")
 
     @override
     def collector(self, context: Context) -> Collector:

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal, get_args
 from torch import Tensor
 from typing_extensions import override
 
+from fisherscope.errors import UsageError
 from fisherscope.instrument.emission import Emission
 from fisherscope.instrument.extensions.base import Collector, Context, Extension
 from fisherscope.instrument.extensions.full_sums import FullSums
@@ -46,20 +47,20 @@ class Fisher(Extension):
     def __post_init__(self) -> None:
         plain_fields(self)
         if self.shape not in {"full", "groups"}:
-            raise ValueError(f"Fisher(shape={self.shape!r}): use 'full' or 'groups'")
+            raise UsageError(f"Fisher(shape={self.shape!r}): use 'full' or 'groups'")
         if self.normalization not in NORMALIZATIONS:
-            raise ValueError(
+            raise UsageError(
                 f"Fisher(normalization={self.normalization!r}): use 'per_token', 'none' or 'mean'"
             )
 
         sources = (self.labels,) if isinstance(self.labels, str) else tuple(self.labels)
         if not sources or len(set(sources)) != len(sources) or set(sources) - set(get_args(FisherLabels)):
-            raise ValueError(
+            raise UsageError(
                 f"Fisher(labels={self.labels!r}): use 'data', 'sampled' or 'exact', or several of them"
             )
         object.__setattr__(self, "labels", sources)
         if type(self.draws) is not int or self.draws < 1:
-            raise ValueError(f"Fisher(draws={self.draws!r}): use a positive number")
+            raise UsageError(f"Fisher(draws={self.draws!r}): use a positive number")
 
     @override
     def collector(self, context: Context) -> Collector:

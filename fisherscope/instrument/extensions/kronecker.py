@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import ClassVar
 
 import torch
@@ -17,6 +16,7 @@ from fisherscope.instrument.emission import Emission
 from fisherscope.instrument.extensions.base import Collector, Context, Extension
 from fisherscope.instrument.extensions.choice import Choice, checked_choice, none_chosen
 from fisherscope.instrument.extensions.registry import register_extension
+from fisherscope.instrument.patterns import matching
 from fisherscope.instrument.squares import Scale
 from fisherscope.layout import ModelLayout
 from fisherscope.linalg import RunningSum
@@ -57,10 +57,9 @@ class Kronecker(Extension):
         if self.parameters == "attention":
             names = tuple(name for name in names if layout.parameter(name).kind == "attention")
         elif not isinstance(self.parameters, str):
-            patterns = tuple(self.parameters)
-            names = tuple(name for name in names if any(fnmatchcase(name, p) for p in patterns))
+            names = matching(names, self.parameters)
         if not names:
-            raise none_chosen("Kronecker", self.parameters)
+            raise none_chosen("Kronecker", self.parameters, instrumented)
         return names
 
     @override

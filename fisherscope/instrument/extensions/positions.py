@@ -54,7 +54,7 @@ class Positions(Extension):
         matrices = chosen_weights(layout, instrumented, self.parameters)
         names = tuple(name for name in matrices if side_of(layout, name) is not None)
         if not names:
-            raise none_chosen("Positions", self.parameters)
+            raise none_chosen("Positions", self.parameters, instrumented)
         return names
 
     @override

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from fisherscope.errors import UsageError
 from fisherscope.instrument.extensions.base import Extension
 from fisherscope.plugins import Plugins
 
@@ -37,19 +38,19 @@ def resolve_extensions(chosen: Sequence[str | Extension]) -> tuple[Extension, ..
     for item in _listed(chosen):
         if isinstance(item, str):
             if item not in _extensions:
-                raise ValueError(f"no extension {item!r}: there are {sorted(_extensions)}")
+                raise UsageError(f"no extension {item!r}: there are {sorted(_extensions)}")
             extension: Extension = _extensions[item]()
         elif isinstance(item, type) and issubclass(item, Extension):
             extension = _made(item)
         elif isinstance(item, Extension):
             extension = item
         else:
-            raise ValueError(  # noqa: TRY004 - as for a name that there is not
+            raise UsageError(
                 f"{item!r} is no extension: give a name, one of {sorted(_extensions)}, or an object such as "
                 "fisherscope.Fisher()"
             )
         if extension.name in found:
-            raise ValueError(f"extension {extension.name!r} is given twice")
+            raise UsageError(f"extension {extension.name!r} is given twice")
         found[extension.name] = extension
     return tuple(found.values())
 
@@ -61,7 +62,7 @@ def _listed(chosen: Any) -> Iterable[Any]:
     if isinstance(chosen, Iterable):
         return chosen
     message = f"extensions={chosen!r}: give a list of names or objects; () collects group values alone"
-    raise ValueError(message)  # as for every other option
+    raise UsageError(message)  # as for every other option
 
 
 def _made(kind: type[Extension]) -> Extension:
@@ -69,6 +70,6 @@ def _made(kind: type[Extension]) -> Extension:
     try:
         return kind()
     except TypeError as error:
-        raise ValueError(
+        raise UsageError(
             f"extensions: {kind.__name__} is a class and needs options ({error}): pass an object"
         ) from error

@@ -7,16 +7,16 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import ClassVar, Literal, Self, get_args
 
 from typing_extensions import override
 
-from fisherscope.errors import CoverageError
+from fisherscope.errors import CoverageError, UsageError
 from fisherscope.instrument.emission import Emission
 from fisherscope.instrument.extensions.base import Collector, Context, Extension
 from fisherscope.instrument.extensions.factors import FactorWriter
 from fisherscope.instrument.extensions.registry import register_extension
+from fisherscope.instrument.patterns import matching, suggestion
 from fisherscope.instrument.plain import plain_fields
 from fisherscope.layout import ModelLayout
 from fisherscope.linalg import LowRank
@@ -69,24 +69,24 @@ class SampleGradients(Extension):
         if not isinstance(self.parameters, str):
             patterns = tuple(self.parameters) if isinstance(self.parameters, Sequence) else ()
             if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
-                raise ValueError(
+                raise UsageError(
                     f"SampleGradients(parameters={self.parameters!r}): use 'auto', 'attention', 'all' or a "
                     "list of name patterns; to store no gradients use encoding='groups'"
                 )
             object.__setattr__(self, "parameters", patterns)
         elif self.parameters not in _WORDS:
-            raise ValueError(
+            raise UsageError(
                 f"SampleGradients(parameters={self.parameters!r}): use 'auto', 'attention', 'all' or a list "
                 "of name patterns"
             )
         for what, choices in (("encoding", get_args(Choice)), ("dtype", get_args(Dtype))):
             if (value := getattr(self, what)) not in choices:
                 offered = ", ".join(map(repr, choices))
-                raise ValueError(f"SampleGradients({what}={value!r}): use one of {offered}")
+                raise UsageError(f"SampleGradients({what}={value!r}): use one of {offered}")
         if type(self.rank) is not int or not 1 <= self.rank <= MAX_RANK:
-            raise ValueError(f"SampleGradients(rank={self.rank!r}): use a number from 1 to {MAX_RANK}")
+            raise UsageError(f"SampleGradients(rank={self.rank!r}): use a number from 1 to {MAX_RANK}")
         if self.max_samples is not None and (type(self.max_samples) is not int or self.max_samples < 1):
-            raise ValueError(
+            raise UsageError(
                 f"SampleGradients(max_samples={self.max_samples!r}): use a positive number or None"
             )
 
@@ -116,11 +116,13 @@ class SampleGradients(Extension):
         elif choice == "attention":
             names = tuple(n for n in instrumented if layout.parameter(n).kind == "attention")
         else:
-            names = tuple(n for n in instrumented if any(fnmatchcase(n, p) for p in choice))
+            names = matching(instrumented, choice)
         if not names:
             raise CoverageError(
                 f"SampleGradients(parameters={self.parameters!r}) matches none of the {len(instrumented)} "
-                f"instrumented parameters ({instrumented[0]}, ...): leave parameters out for a choice that "
+                f"instrumented parameters ({instrumented[0]}, ...). "
+                f"{'' if isinstance(choice, str) else suggestion(instrumented, choice)}"
+                "Leave parameters out for a choice that "
                 "fits the model, or use 'all' or patterns of the names in scope.parameters"
             )
         return () if self.encoding == "groups" else names

@@ -94,10 +94,28 @@ class Objective:
         """Whether it is one of fisherscope's own, and not a function of the user's."""
         return str(getattr(self.predict, "__module__", "")).startswith("fisherscope.instrument.objectives.")
 
+    def run(self, model: nn.Module, batch: Batch) -> Predictions | Tensor:
+        """What the model says of a batch.
+
+        Raises:
+            FisherscopeError: a function of the user's own returned something else.
+        """
+        found = self.predict(model, batch)
+        if not isinstance(found, Predictions | Tensor):
+            raise FisherscopeError(
+                f"the objective {self.name!r} returned {_named(found)}: it must return the sum of each "
+                "sample's losses, a tensor [n], or fisherscope.Predictions"
+            )
+        return found
+
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """Each sample's loss under the data's labels, ``[n]``, in nats."""
-        found = self.predict(model, batch)
+        found = self.run(model, batch)
         return found.losses(len(batch)) if isinstance(found, Predictions) else found
+
+
+def _named(value: object) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
 
 
 def at_labels(logits: Tensor, labels: Tensor) -> Predictions:

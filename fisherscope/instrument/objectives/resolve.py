@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from fisherscope.errors import UsageError
 from fisherscope.instrument.data.class_label import encode_class_label, encode_image_label
 from fisherscope.instrument.data.masked import encode_masked
 from fisherscope.instrument.data.sequence_pair import encode_sequence_pair
@@ -64,7 +65,7 @@ def resolve_objective(choice: str | Objective | Predict, model: nn.Module) -> Ob
         return choice if choice.is_named else replace(choice, parts=parts_of(choice.predict))
     if isinstance(choice, type):
         message = f"objective={choice.__name__} is a class: pass an object of it, or a function"
-        raise ValueError(message)  # noqa: TRY004 - as for a name that there is not
+        raise UsageError(message)
     if callable(choice):
         own = _of_model(model)
         base = CAUSAL_LM if own is None else own
@@ -72,14 +73,14 @@ def resolve_objective(choice: str | Objective | Predict, model: nn.Module) -> Ob
     if choice == "auto":
         found = _of_model(model)
         if found is None:
-            raise ValueError(
+            raise UsageError(
                 f"{type(model).__name__} has no head that says what it predicts: load it with one (such as "
                 f"AutoModelForCausalLM), or name the objective, one of {sorted(_NAMED)}, or pass a function "
                 "loss(model, batch) -> [n]"
             )
         return found
     if choice not in _NAMED:
-        raise ValueError(
+        raise UsageError(
             f"no objective {choice!r}: use 'auto', one of {sorted(_NAMED)}, "
             "or a function loss(model, batch) -> [n]"
         )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fisherscope.analyses import Result
+from fisherscope.errors import UsageError
 from fisherscope.report.figures.parts import PlotlyDict
 
 
@@ -43,7 +44,7 @@ def register_figures(result_type: type[Result]) -> Callable[[D], D]:
         ValueError: the type has figures already.
     """
     if result_type in _DRAWERS:
-        raise ValueError(f"figures of {result_type.__name__} are already registered")
+        raise UsageError(f"figures of {result_type.__name__} are already registered")
 
     def add(function: D) -> D:
         _DRAWERS[result_type] = function
