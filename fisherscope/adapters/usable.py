@@ -67,20 +67,22 @@ def _refuse_compiled_parts(model: nn.Module) -> None:
 
 
 def _refuse_quantised(model: nn.Module) -> None:
+    config = getattr(model, "config", None)
+    # what loads weights of GGUF, or dequantises others, leaves these behind: the weights decide
+    is_said = getattr(config, "quantization_config", None) is not None or getattr(
+        model, "is_quantized", False
+    )
     for path, module in model.named_modules():
-        found = _quantised(module)
+        found = _quantised(module, is_likely=bool(is_said))
         if found is not None:
             raise AdapterError(f"{path} {found}: quantised weights have no gradient; {_LOAD_PLAIN}")
-    config = getattr(model, "config", None)
-    if getattr(config, "quantization_config", None) is not None or getattr(model, "is_quantized", False):
-        raise AdapterError(
-            "the model's config has a quantization_config: quantised weights have no gradient; "
-            f"{_LOAD_PLAIN}. If its weights are plain ones after all, del model.config.quantization_config"
-        )
 
 
-def _quantised(module: nn.Module) -> str | None:
-    """What is quantised in a module itself, as the rest of a sentence; None if nothing is."""
+def _quantised(module: nn.Module, *, is_likely: bool) -> str | None:
+    """What is quantised in a module itself, as the rest of a sentence; None if nothing is.
+
+    Where the model is said to be quantised, any table of small integers is taken for packed weights.
+    """
     kind = type(module)
     if any(f"{kind.__module__}.".startswith(f"{package}.") for package in _QUANTISED_PACKAGES):
         return f"is a {kind.__module__}.{kind.__qualname__}"
@@ -89,7 +91,7 @@ def _quantised(module: nn.Module) -> str | None:
             return f"has a {name} of type {type(parameter).__name__}"
         if parameter.dtype.itemsize == 1 and parameter.dtype != torch.bool:
             return f"has a {name} of type {parameter.dtype}"
-    if hasattr(module, "in_features") or hasattr(module, "infeatures"):
+    if is_likely or hasattr(module, "in_features") or hasattr(module, "infeatures"):
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             if tensor.dtype in _CODES:
                 return f"has a {name} of type {tensor.dtype}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +30,8 @@ def load_model(
 ) -> Any:
     """Load a model in eval mode, with the head that its checkpoint was saved with.
 
+    A directory of PEFT's adapters is loaded with the model that they were trained on.
+
     Args:
         source: a directory, or the id of a model on the hub.
         device: "auto" (the first GPU, else the CPU) or a torch device.
@@ -41,6 +44,18 @@ def load_model(
         ModelLoadError: it cannot be loaded; the message says why and what to do.
     """
     _check_source(source)
+    if (base := adapters_of(source)) is not None:
+        if adapters_of(base) is not None:
+            raise ModelLoadError(f"{source}: its base model {base} is a directory of adapters itself")
+        held = load_model(
+            base,
+            device=device,
+            dtype=dtype,
+            attn=attn,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+        return _with_adapters(held, source)
     target = _device(device)
     extra = {} if attn is None else {"attn_implementation": attn}
     with _quiet_transformers():
@@ -64,6 +79,48 @@ def load_model(
     return model.to(target).eval()
 
 
+def adapters_of(source: str) -> str | None:
+    """The base model of a directory of PEFT's adapters; None for any other model.
+
+    Raises:
+        ModelLoadError: it does not say which model that is.
+    """
+    directory = Path(source).expanduser()
+    config = directory / "adapter_config.json"
+    if not config.is_file() or (directory / "config.json").is_file():
+        return None
+    try:
+        base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        base = None
+    if not isinstance(base, str) or not base:
+        raise ModelLoadError(
+            f"{source}: adapters of PEFT, and their adapter_config.json names no base_model_name_or_path: "
+            "write there which model they belong to"
+        )
+    beside = directory / base
+    return str(beside) if not Path(base).is_dir() and beside.is_dir() else base
+
+
+def _with_adapters(model: Any, source: str) -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise ModelLoadError(
+            f"{source}: a directory of adapters, which PEFT loads: pip install 'fisherscope[peft]'"
+        ) from error
+    try:
+        with warnings.catch_warnings():
+            # between versions of PEFT and transformers; nothing that a user could mend
+            warnings.simplefilter("ignore", FutureWarning)
+            return peft.PeftModel.from_pretrained(model, str(Path(source).expanduser())).eval()
+    except Exception as error:  # of PEFT, safetensors and torch
+        raise ModelLoadError(
+            f"{source}: the adapters cannot be loaded into their model ({_first_line(error)}) Save them "
+            "again with model.save_pretrained"
+        ) from error
+
+
 def _class_of(source: str, revision: str | None, *, trust_remote_code: bool) -> Any:
     """The class that a checkpoint was saved from, as far as transformers has it."""
     import transformers
@@ -83,6 +140,8 @@ def load_tokenizer(source: str, *, revision: str | None = None, trust_remote_cod
         ModelLoadError: there is one, but it cannot be loaded.
     """
     _check_source(source)
+    if not _has_tokenizer_files(source) and (base := adapters_of(source)) is not None:
+        return load_tokenizer(base, revision=revision, trust_remote_code=trust_remote_code)
     with _quiet_transformers():
         from transformers import AutoTokenizer
 

@@ -391,7 +391,8 @@ def test_without_an_adapter_in_use_the_weights_are_collected(
 ) -> None:
     """As of the plain model that it is; what the adapter holds is named, and cannot be asked for."""
     held, data = make(), models.rows(4)
-    scope, store = collected(held, data, tmp_path / "run.fs")
+    with pytest.warns(UserWarning, match=rf"no adapter of PEFT is in use.*{state}.*unmerge_adapter"):
+        scope, store = collected(held, data, tmp_path / "run.fs")
     assert len(scope.parameters) == 2 * len(LINEAR)
     assert all(name.endswith(".base_layer.weight") for name in scope.parameters)
     coverage = scope.coverage()
@@ -406,7 +407,8 @@ def test_one_adapter_merged_while_another_is_active() -> None:
     """PEFT then computes with the merged weight alone."""
     held = _two(["default", "other"])
     held.base_model.merge_adapter(["default"])
-    coverage = fs.wrap(held).coverage().set_index("parameter")["reason"]
+    with pytest.warns(UserWarning, match="no adapter of PEFT is in use"):
+        coverage = fs.wrap(held).coverage().set_index("parameter")["reason"]
     assert coverage[f"{QUERY}.lora_A.other.weight"] == (
         "adapter 'other' is out of use while another one is merged"
     )

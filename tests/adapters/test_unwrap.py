@@ -688,17 +688,29 @@ def test_dynamically_quantised_models_are_refused() -> None:
         fs.wrap(model)
 
 
-def test_a_config_that_says_quantised_is_believed() -> None:
-    """Schemes whose layers look plain are known by it; the message tells how to overrule it."""
+def test_the_weights_decide_whether_a_model_is_quantised(tmp_path: Path) -> None:
+    """What came from GGUF, or was dequantised, keeps the marks of it, and is collected from all the same."""
     model = llama()
-    model.config.quantization_config = {"quant_method": "bitnet", "linear_class": "autobitlinear"}
-    with pytest.raises(AdapterError, match=r"quantization_config.*del model\.config\.quantization_config"):
-        fs.wrap(model)
-    del model.config.quantization_config
-    assert unwrap(model) is model
+    model.config.quantization_config = {"quant_method": "gguf"}
     model.is_quantized = True
-    with pytest.raises(AdapterError, match="quantization_config"):
-        unwrap(model)
+    assert unwrap(model) is model
+    store = fs.wrap(model).collect({"a": models.rows(3)}, tmp_path / "run.fs", quiet=True)
+    assert store.proofs()["a"]["proved"] == 1
+
+
+def test_packed_weights_of_any_layer_are_refused_where_the_model_says_so() -> None:
+    """A layer of unknown class with a table of small integers is no plain one in a quantised model."""
+
+    def codes(layer: nn.Linear) -> nn.Module:
+        out = _integer_buffers(layer)
+        del out.in_features, out.out_features
+        return out
+
+    path = "model.layers.1.mlp.up_proj"
+    model = replaced(path, codes)
+    model.is_quantized = True
+    with pytest.raises(AdapterError, match=rf"{path} has a qweight .*quantised"):
+        fs.wrap(model)
 
 
 # ---- offloaded models

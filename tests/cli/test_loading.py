@@ -2,9 +2,11 @@
 
 import json
 import shutil
+import warnings
 
 import pytest
 
+import fisherscope as fs
 from fisherscope.cli.loading import ModelLoadError, load_model, load_tokenizer, require_tokenizer
 
 
@@ -31,6 +33,72 @@ def test_a_directory(model_dir, capfd):
     assert model.config._attn_implementation == "eager"
     assert load_tokenizer(str(model_dir)).decode([65, 66]) != ""
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.fixture
+def adapters(model_dir, tmp_path):
+    """A directory of adapters, as PEFT writes it."""
+    import peft
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        held = peft.get_peft_model(
+            load_model(str(model_dir), device="cpu"), peft.LoraConfig(r=2, target_modules=["q_proj"])
+        )
+    for name, parameter in held.named_parameters():
+        if "lora_B" in name:
+            parameter.data.fill_(0.1)
+    held.save_pretrained(tmp_path / "adapters")
+    return tmp_path / "adapters"
+
+
+def _base(adapters, value):
+    path = adapters / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": value}))
+
+
+def test_a_directory_of_adapters(adapters, model_dir, tasks, run, tmp_path):
+    """It is loaded with its base model, whose tokenizer it takes, and its matrices are what is collected."""
+    result = run("collect", "--model", adapters, *tasks, "--out", tmp_path / "run.fs", "--quiet")
+    assert result.exit_code == 0, result.stderr
+    names = fs.open_store(tmp_path / "run.fs").parameters
+    assert names
+    assert all(".lora_" in name for name in names)
+    # a base beside the adapters, as in a directory that was moved as a whole
+    shutil.copytree(model_dir, adapters / "base")
+    _base(adapters, "base")
+    assert load_tokenizer(str(adapters)) is not None
+    assert type(load_model(str(adapters), device="cpu")).__name__ == "PeftModel"
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        (None, r"adapters of PEFT.*names no base_model_name_or_path"),
+        ("/nowhere/base", "/nowhere/base: no such directory"),
+    ],
+)
+def test_adapters_without_their_model(adapters, base, message):
+    """The message says which model is missing."""
+    _base(adapters, base)
+    with pytest.raises(ModelLoadError, match=message):
+        load_model(str(adapters), device="cpu")
+    _base(adapters, str(adapters))
+    with pytest.raises(ModelLoadError, match="a directory of adapters itself"):
+        load_model(str(adapters), device="cpu")
+
+
+def test_a_model_without_a_head(model_dir, tasks, run, tmp_path):
+    """One message that says how to load it with one, exit code 2, and nothing is written."""
+    from transformers import Qwen2Model
+
+    Qwen2Model.from_pretrained(model_dir).save_pretrained(tmp_path / "base")
+    shutil.copy(model_dir / "tokenizer.json", tmp_path / "base")
+    result = run("collect", "--model", tmp_path / "base", *tasks, "--out", tmp_path / "run.fs", "--quiet")
+    assert result.exit_code == 2
+    assert "Qwen2Model has no head that says what it predicts" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run.fs").exists()
 
 
 def test_no_such_directory():
