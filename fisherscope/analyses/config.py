@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Self, TypeVar
 
 from fisherscope.errors import UsageError
+from fisherscope.plain import odd_field, plain_fields
 
 FLOAT32_TINY = 1.1754943508222875e-38
 """Smallest normal float32: below it a Fisher value is rounding, not information."""
@@ -15,6 +16,13 @@ FLOAT32_TINY = 1.1754943508222875e-38
 
 def _fail(owner: object, name: str, problem: str) -> None:
     raise UsageError(f"{type(owner).__name__}.{name}={getattr(owner, name)!r}: {problem}")
+
+
+def _checked(owner: object) -> None:
+    """Numbers of numpy become Python's; what is of another type than its field is refused."""
+    plain_fields(owner)
+    if (odd := odd_field(owner)) is not None:
+        _fail(owner, odd[0], f"must be {odd[1]}")
 
 
 def _at_least(owner: object, minimum: float, *names: str) -> None:
@@ -57,6 +65,7 @@ class FisherConfig:
     ema_decay: float = 0.99
 
     def __post_init__(self) -> None:
+        _checked(self)
         _tuples(self, "bootstrap_kinds")
         _at_least(self, 0, "bootstrap")
         _one_of(self, "bootstrap_kinds", ("head", "channel", "parameter", "block", "layer", "model"))
@@ -83,6 +92,7 @@ class ImportanceConfig:
     bootstrap_kinds: tuple[str, ...] = ("head",)
 
     def __post_init__(self) -> None:
+        _checked(self)
         _tuples(self, "kinds", "bootstrap_kinds")
         _one_of(self, "kinds", ("head", "channel"))
         _one_of(self, "bootstrap_kinds", ("head", "channel"))
@@ -105,6 +115,7 @@ class MasksConfig:
     kinds: tuple[str, ...] = ("head", "channel", "unstructured")
 
     def __post_init__(self) -> None:
+        _checked(self)
         _tuples(self, "sparsities", "kinds")
         _one_of(self, "kinds", ("head", "channel", "unstructured"))
         _one_of(self, "scope", ("global", "layer"))
@@ -131,6 +142,7 @@ class OverlapConfig:
     regions: int = 50
 
     def __post_init__(self) -> None:
+        _checked(self)
         _one_of(self, "rank_by", ("min", "product"))
         _at_least(self, 1, "regions")
         if not 0 <= self.low <= self.high <= 1:
@@ -186,6 +198,7 @@ class ConflictConfig:
     ridge_rel: float = 1e-6
 
     def __post_init__(self) -> None:
+        _checked(self)
         _one_of(self, "metric", ("natural", "euclidean"))
         _one_of(self, "fisher_pool", ("pooled", "per_task", "leave_one_out"))
         _one_of(self, "fisher_weighting", ("contribution", "unit"))
@@ -238,6 +251,7 @@ class InterferenceConfig:
     ridge_rel: float | None = None
 
     def __post_init__(self) -> None:
+        _checked(self)
         _one_of(self, "form", ("unsigned", "natural", "signed", "symmetric", "full"))
         _one_of(self, "aggregate", ("mean", "sum"))
         if self.fisher_pool is not None:
@@ -301,6 +315,7 @@ class AnalyzeConfig:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        _checked(self)
         _tuples(self, "tasks")
         if self.tasks is not None and (not self.tasks or len(set(self.tasks)) != len(self.tasks)):
             _fail(self, "tasks", "name one or more tasks, each once")
@@ -336,6 +351,8 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
     Raises:
         ValueError: a key is unknown, or a value is not valid.
     """
+    if not isinstance(values, Mapping):
+        raise UsageError(f"options of {cls.__name__} are a mapping of names to values, not {values!r}")
     known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     if unknown := [key for key in values if key not in known]:
         raise UsageError(f"{cls.__name__} has no option {unknown[0]!r}: it has {', '.join(known)}")

@@ -18,8 +18,8 @@ from fisherscope.instrument.extensions import (
 )
 from fisherscope.instrument.memory import parse_bytes
 from fisherscope.instrument.objectives import Objective, Predict
-from fisherscope.instrument.plain import plain_fields
 from fisherscope.layout import ModelLayout
+from fisherscope.plain import is_one_of, plain_fields
 
 _Kind = TypeVar("_Kind", bound=Extension)
 
@@ -65,18 +65,19 @@ class CollectOptions:
         for name in ("store_text", "deterministic", "resume", "force", "quiet"):
             if type(getattr(self, name)) is not bool:
                 raise UsageError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        if self.batch_size != "auto" and (type(self.batch_size) is not int or self.batch_size < 1):
+        is_number = type(self.batch_size) is int and self.batch_size >= 1
+        if not is_number and not is_one_of(self.batch_size, ("auto",)):
             raise UsageError(f"batch_size must be a positive number or 'auto', got {self.batch_size!r}")
         if self.memory_budget is not None:
             if self.batch_size != "auto":
                 raise UsageError("memory_budget chooses the size of batches: leave batch_size at 'auto'")
             object.__setattr__(self, "memory_budget", parse_bytes(self.memory_budget))
-        if self.compute_dtype not in {"float32", "float64", "bfloat16"}:
+        if not is_one_of(self.compute_dtype, ("float32", "float64", "bfloat16")):
             raise UsageError(
                 f"compute_dtype={self.compute_dtype!r}: use 'float32', 'float64' or 'bfloat16'; "
                 "float16 cannot hold squared gradients"
             )
-        if self.check not in CHECKS:
+        if not is_one_of(self.check, CHECKS):
             raise UsageError(f"check={self.check!r}: use one of {', '.join(map(repr, CHECKS))}")
         if not 0 <= self.rank < self.world_size <= 10_000:
             raise UsageError(
@@ -84,7 +85,7 @@ class CollectOptions:
             )
         if self.world_size > 1 and not self.resume:
             raise UsageError("resume=False with several ranks: they join one store, so name a new directory")
-        if self.durability not in {"power", "process", "none"}:
+        if not is_one_of(self.durability, ("power", "process", "none")):
             raise UsageError(f"durability={self.durability!r}: use 'power', 'process' or 'none'")
         object.__setattr__(self, "extensions", resolve_extensions(self.extensions))
 

@@ -50,6 +50,8 @@ def store_path(path: str | Path) -> Path:
         raise UsageError(f"{path!r} is no path: name the directory of one store, such as 'run.fs'")
     if not str(path):
         raise UsageError("the path of a store is empty: name a directory, such as 'run.fs'")
+    if not str(path).isprintable() and ("\0" in str(path) or not _is_encodable(str(path))):
+        raise UsageError(f"{str(path)!r} has characters that no file name has: name another directory")
     whole = Path(path).expanduser().absolute()
     for part in whole.parts:
         if (size := len(os.fsencode(part))) > _LONGEST_NAME:
@@ -58,6 +60,14 @@ def store_path(path: str | Path) -> Path:
                 "shorter one"
             )
     return whole
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def is_stray(name: str) -> bool:

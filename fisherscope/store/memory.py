@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import os
 import re
@@ -38,8 +39,9 @@ def parse_bytes(text: str | int) -> int:
                 f"{text!r} is no amount of memory: give bytes, or a text such as '8GB' or '500MiB'"
             )
         text = int(float(match[1]) * _UNITS[match[2].upper()])
-    elif type(text) is not bool and hasattr(text, "__index__"):
-        text = operator.index(text)
+    elif type(text) is not bool:
+        with contextlib.suppress(TypeError):
+            text = operator.index(text)
     if type(text) is not int or text < 1:
         raise UsageError(f"{text!r} is no amount of memory: give a positive number of bytes, or '8GB'")
     return text

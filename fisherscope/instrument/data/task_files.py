@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import zlib
 from io import BufferedReader, BytesIO
 from pathlib import Path
@@ -37,9 +38,15 @@ def read_task_file(path: str | Path) -> list[dict[str, Any]]:
         DataError: the file is missing, unreadable, or of another format; the message says what to do.
     """
     path = Path(path).expanduser()
-    if path.is_symlink() and not path.exists():
+    if "\0" in str(path) or not _is_encodable(str(path)):
+        raise DataError(f"{str(path)!r} has characters that no file name has; name the file of the task")
+    try:
+        is_there, is_link = path.exists(), path.is_symlink()
+    except OSError as error:  # a name that is too long, say
+        raise DataError(f"{path}: {error.strerror}; name the file of the task") from error
+    if is_link and not is_there:
         raise DataError(f"{path}: a link to {path.readlink()}, which does not exist; mend the link")
-    if path.suffix.lower() in _TABLES and path.exists():
+    if path.suffix.lower() in _TABLES and is_there:
         raise DataError(
             f"{path}: a table, whose columns have no types; read it with pandas and pass the frame, "
             'or write JSON lines with frame.to_json(path, orient="records", lines=True)'
@@ -51,6 +58,14 @@ def read_task_file(path: str | Path) -> list[dict[str, Any]]:
         return read_jsonl(path)  # says what is wrong
     with handle:
         return _rows_of(path, handle)
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _rows_of(path: Path, handle: BufferedReader) -> list[dict[str, Any]]:

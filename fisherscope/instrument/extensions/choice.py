@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from fisherscope.errors import CoverageError, UsageError
 from fisherscope.instrument.patterns import matching, suggestion
 from fisherscope.layout import ModelLayout
+from fisherscope.plain import is_one_of
 
 Choice = str | Sequence[str]
 
@@ -17,11 +18,14 @@ def checked_choice(extension: str, parameters: Choice) -> Choice:
     Raises:
         ValueError: a word that is no choice.
     """
-    if not isinstance(parameters, str):
-        return tuple(parameters)
-    if parameters not in {"attention", "all"}:
-        raise UsageError(f"{extension}(parameters={parameters!r}): use 'attention', 'all' or name patterns")
-    return parameters
+    if is_one_of(parameters, ("attention", "all")):
+        return parameters
+    patterns = tuple(parameters) if isinstance(parameters, list | tuple) else ()
+    if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
+        raise UsageError(
+            f"{extension}(parameters={parameters!r}): use 'attention', 'all' or a list of name patterns"
+        )
+    return patterns
 
 
 def chosen_weights(layout: ModelLayout, instrumented: Sequence[str], parameters: Choice) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from fisherscope.errors import UsageError
 from fisherscope.instrument.extensions.base import Collector, Context, Extension
 from fisherscope.instrument.extensions.labelled_fisher import LabelledFisherCollector
 from fisherscope.instrument.extensions.registry import register_extension
+from fisherscope.plain import is_one_of
 
 
 @register_extension
@@ -29,7 +30,7 @@ class ExactPerToken(Extension):
     shape: Literal["full", "groups"] = "full"
 
     def __post_init__(self) -> None:
-        if self.shape not in {"full", "groups"}:
+        if not is_one_of(self.shape, ("full", "groups")):
             raise UsageError(f"ExactPerToken(shape={self.shape!r}): use 'full' or 'groups'")
 
     @override

@@ -15,9 +15,9 @@ from fisherscope.instrument.extensions.base import Collector, Context, Extension
 from fisherscope.instrument.extensions.full_sums import FullSums
 from fisherscope.instrument.extensions.labelled_fisher import LabelledFisherCollector
 from fisherscope.instrument.extensions.registry import register_extension
-from fisherscope.instrument.plain import plain_fields
 from fisherscope.instrument.squares import Sinks
 from fisherscope.linalg.normalization import NORMALIZATIONS, Normalization
+from fisherscope.plain import is_one_of, plain_fields
 from fisherscope.store import SegmentWriter
 
 FisherLabels = Literal["data", "sampled", "exact"]
@@ -46,15 +46,18 @@ class Fisher(Extension):
 
     def __post_init__(self) -> None:
         plain_fields(self)
-        if self.shape not in {"full", "groups"}:
+        if not is_one_of(self.shape, ("full", "groups")):
             raise UsageError(f"Fisher(shape={self.shape!r}): use 'full' or 'groups'")
-        if self.normalization not in NORMALIZATIONS:
+        if not is_one_of(self.normalization, tuple(NORMALIZATIONS)):
             raise UsageError(
                 f"Fisher(normalization={self.normalization!r}): use 'per_token', 'none' or 'mean'"
             )
 
-        sources = (self.labels,) if isinstance(self.labels, str) else tuple(self.labels)
-        if not sources or len(set(sources)) != len(sources) or set(sources) - set(get_args(FisherLabels)):
+        known = get_args(FisherLabels)
+        several = isinstance(self.labels, Sequence) and not isinstance(self.labels, str)
+        sources = tuple(self.labels) if several else (self.labels,)
+        wrong = not sources or not all(is_one_of(source, known) for source in sources)
+        if wrong or len(set(sources)) != len(sources):
             raise UsageError(
                 f"Fisher(labels={self.labels!r}): use 'data', 'sampled' or 'exact', or several of them"
             )

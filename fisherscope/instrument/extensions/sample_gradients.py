@@ -17,10 +17,10 @@ from fisherscope.instrument.extensions.base import Collector, Context, Extension
 from fisherscope.instrument.extensions.factors import FactorWriter
 from fisherscope.instrument.extensions.registry import register_extension
 from fisherscope.instrument.patterns import matching, suggestion
-from fisherscope.instrument.plain import plain_fields
 from fisherscope.layout import ModelLayout
 from fisherscope.linalg import LowRank
 from fisherscope.linalg.rounding import rounded
+from fisherscope.plain import is_one_of, plain_fields
 from fisherscope.store import SegmentWriter
 from fisherscope.store.encodings import MAX_RANK, Encodings
 
@@ -80,7 +80,7 @@ class SampleGradients(Extension):
                 "of name patterns"
             )
         for what, choices in (("encoding", get_args(Choice)), ("dtype", get_args(Dtype))):
-            if (value := getattr(self, what)) not in choices:
+            if not is_one_of(value := getattr(self, what), choices):
                 offered = ", ".join(map(repr, choices))
                 raise UsageError(f"SampleGradients({what}={value!r}): use one of {offered}")
         if type(self.rank) is not int or not 1 <= self.rank <= MAX_RANK:

@@ -79,7 +79,7 @@ def resolve_objective(choice: str | Objective | Predict, model: nn.Module) -> Ob
                 "loss(model, batch) -> [n]"
             )
         return found
-    if choice not in _NAMED:
+    if not isinstance(choice, str) or choice not in _NAMED:
         raise UsageError(
             f"no objective {choice!r}: use 'auto', one of {sorted(_NAMED)}, "
             "or a function loss(model, batch) -> [n]"
