@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -240,8 +241,10 @@ class Commits:
         try:
             # what an earlier process committed and could not sync any more is synced, too
             if self.durability == "process" and self._unsynced:
-                lifecycle.sync_all(self.path, self.ledger)
-                self._journal.sync()
+                # a killed process needs no sync: it is for what may come after
+                with contextlib.suppress(disk.NoSyncError):
+                    lifecycle.sync_all(self.path, self.ledger)
+                    self._journal.sync()
                 self._unsynced = False
         finally:
             self._journal.close()

@@ -29,6 +29,10 @@ _FULLSYNC: int | None = getattr(fcntl, "F_FULLFSYNC", None)  # macOS: fsync does
 logger = logging.getLogger(__name__)
 
 
+class NoSyncError(StoreError):
+    """The file system has no means to wait until bytes are on the medium."""
+
+
 @contextlib.contextmanager
 def full_disk_named(path: Path, needed: int) -> Iterator[None]:
     """Turn "no space left" into an error that says how much was needed and how much there is.
@@ -102,7 +106,7 @@ def sync(fd: int) -> None:
     """Wait until the file's bytes are on the medium.
 
     Raises:
-        StoreError: the file system knows no such thing.
+        NoSyncError: the file system knows no such thing.
     """
     try:
         if _FULLSYNC is not None:
@@ -112,7 +116,7 @@ def sync(fd: int) -> None:
     except OSError as error:
         if error.errno not in _NO_SYNC:
             raise
-        raise StoreError(
+        raise NoSyncError(
             f"the file system of the store cannot promise that anything outlives a loss of power "
             f"({error.strerror}): collect with durability='process' (--durability process), or onto another "
             "disk"

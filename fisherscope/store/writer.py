@@ -13,6 +13,7 @@ from fisherscope.store import disk, lifecycle
 from fisherscope.store.commits import Commits
 from fisherscope.store.declaring import Declared, declare
 from fisherscope.store.disk import Durability
+from fisherscope.store.lifecycle import store_path
 from fisherscope.store.plan import SegmentPlan
 from fisherscope.store.progressions import pack, unpack
 from fisherscope.store.records import (
@@ -88,7 +89,7 @@ class StoreWriter:
             CorruptStoreError: something that was committed is missing or damaged.
         """
         commits = Commits.open(
-            Path(path), header, rank=rank, durability=durability, resume=resume, world_size=world_size
+            store_path(path), header, rank=rank, durability=durability, resume=resume, world_size=world_size
         )
         return cls(commits, queue)
 

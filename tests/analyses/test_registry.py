@@ -8,6 +8,7 @@ import pytest
 from fisherscope import analyses
 from fisherscope.analyses import AnalyzeConfig, Failed, Registry, Result, Skipped, run
 from fisherscope.errors import Interrupted
+from fisherscope.store import open_store
 from tests.analyses.synthetic import make_task, write_store
 
 BUILT_IN = ["fisher", "importance", "masks", "overlap", "conflict", "interference"]
@@ -196,3 +197,20 @@ def test_entry_points_are_loaded_at_the_first_lookup(monkeypatch):
     with pytest.warns(UserWarning, match="cannot load 'broken' of 'package:broken'"):
         assert registry.names() == ["theirs"]
     assert registry.names() == ["theirs"]
+
+
+def test_a_snapshot_that_lags_behind_is_said(layout, tmp_path):
+    """Results say of how many samples the aggregates are, where a journal lost its last line."""
+    tasks = {"math": make_task(layout, "math", 12, 1)}
+    made = write_store(tmp_path / "run.fs", layout, tasks)
+    path = made.store.path / "journal" / "r0000.journal"
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if b'"kind":"snapshot"' not in line]
+    assert len(kept) == len(lines) - 1
+    number = next(k for k, line in enumerate(lines) if b'"kind":"snapshot"' in line)
+    path.write_bytes(b"".join(lines[:number]))
+    result = run(open_store(made.store.path), ["fisher"])["fisher"]
+    assert any(
+        "aggregates of task 'math'" in note and "are those of 0 of its 12 samples" in note
+        for note in result.warnings
+    )

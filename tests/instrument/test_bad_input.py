@@ -24,6 +24,7 @@ from fisherscope.errors import (
     NonFiniteError,
     StoreFormatError,
     StoreFullError,
+    UsageError,
 )
 from fisherscope.instrument.batch import Batch
 from fisherscope.instrument.objectives import CAUSAL_LM
@@ -331,3 +332,65 @@ def test_a_weight_that_is_used_around_its_layer_is_found(model: torch.nn.Module,
     assert not out.exists()
     chosen = fs.wrap(model, parameters="attention")
     chosen.collect({"a": models.rows(3)}, out, objective=around, quiet=True)
+
+
+def test_an_objective_that_returns_nothing(tmp_path: Path) -> None:
+    """It is named, with what it must return."""
+
+    def forgetful(_model: Any, _batch: Any) -> None:
+        return None
+
+    scope = fs.wrap(models.build(models.named("llama")))
+    with pytest.raises(FisherscopeError, match=r"forgetful' returned None: it must return .*\[n\]"):
+        scope.collect({"a": models.rows(3)}, tmp_path / "run.fs", objective=forgetful, quiet=True)
+    assert not (tmp_path / "run.fs").exists()
+
+
+def test_true_and_false_are_no_ids(tmp_path: Path) -> None:
+    """In ids and labels they are a mistake, in a mask they are not."""
+    scope = fs.wrap(models.build(models.named("llama")))
+    with pytest.raises(DataError, match=r"sample a_0 .*input_ids must be whole numbers, it holds True"):
+        scope.collect({"a": [{"input_ids": [True, False, True]}]}, tmp_path / "run.fs", quiet=True)
+    rows = [{**row, "attention_mask": [True] * len(row["input_ids"])} for row in models.rows(3)]
+    assert scope.collect({"a": rows}, tmp_path / "run.fs", quiet=True).is_complete("a")
+
+
+@pytest.mark.parametrize("asked", ["self_attn.q_proj", "layers.0.self_attn.q_proj.weight", "model.layers.0"])
+def test_a_pattern_that_matches_nothing_has_one_beside_it_that_does(asked: str) -> None:
+    """The message suggests a pattern, which works."""
+    model = models.build(models.named("llama"))
+    with pytest.raises(CoverageError, match=r"Did you mean '([^']+)'") as error:
+        fs.wrap(model, parameters=[asked])
+    suggested = str(error.value).partition("Did you mean '")[2].partition("'")[0]
+    assert all("layers" in name for name in fs.wrap(model, parameters=[suggested]).parameters)
+
+
+@pytest.mark.parametrize("encoding", ["dense", "factored"])
+def test_overflow_in_half_precision_names_the_sample(tmp_path: Path, encoding: Any) -> None:
+    """Also where it reaches the padding of a sample that is shorter than its batch."""
+
+    def loud(model: Any, batch: Any) -> torch.Tensor:
+        scale = torch.tensor([1e6 if row == 2 else 1.0 for row in batch.rows], dtype=torch.float32)
+        return CAUSAL_LM.losses(model, batch) * scale
+
+    rows = models.rows(4, longest=20)
+    rows[2] = {key: values[:5] for key, values in rows[2].items()}
+    kept = fs.SampleGradients(encoding=encoding)
+    with pytest.raises(NonFiniteError, match=r"the gradient of a_2 .* is not finite.*half-precision"):
+        fs.wrap(models.build(models.named("llama")).half()).collect(
+            {"a": rows},
+            tmp_path / "run.fs",
+            objective=loud,
+            batch_size=4,
+            extensions=("fisher", kept),
+            quiet=True,
+        )
+
+
+@pytest.mark.parametrize("seed", [10**30, -(10**30), 1.5, None, True])
+def test_seeds_are_numbers_of_64_bits(tmp_path: Path, seed: Any) -> None:
+    """What no generator takes is refused by name."""
+    with pytest.raises(UsageError, match="seed must be a whole number of at most 64 bits"):
+        fs.wrap(models.build(models.named("llama"))).collect(
+            {"a": models.rows(3)}, tmp_path / "run.fs", seed=seed, quiet=True
+        )

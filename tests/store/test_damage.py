@@ -1,13 +1,16 @@
 """Damaged, missing and hostile files: an error that names the place, never zeros, never a wrong value."""
 
+import errno
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
-from fisherscope.errors import CorruptStoreError, NotStoredError, StoreFormatError
+from fisherscope.errors import CorruptStoreError, NotStoredError, StoreError, StoreFormatError, UsageError
+from fisherscope.report import analyze
 from fisherscope.store import StoreWriter, open_store
 from fisherscope.store.checksum import BLOCK_BYTES, BlockGrid
 from fisherscope.store.inspect import describe
@@ -372,3 +375,50 @@ def test_sizes_are_estimated_exactly(root):
     snapshot = snapshot_bytes(header.layout, header.parameters)
     assert snapshot["fisher"] + snapshot["mean"] + snapshot["moments"] / 2 == found["aggregates"]
     assert snapshot_bytes(header.layout, header.parameters, fisher_shape="groups")["fisher"] == 0
+
+
+@pytest.mark.parametrize("other", [["run.fs"], {"a": "run.fs"}, None, 5])
+def test_what_is_no_store_says_what_is_taken(other):
+    """Several stores, or anything else."""
+    for call in (analyze, describe):
+        with pytest.raises(UsageError, match=r"is no store: pass one store, or the path"):
+            call(other)
+
+
+def test_paths_that_lead_nowhere(small, root):
+    """Moved, deleted, a link into nothing, a file, a name that is too long: what it is, and what to do."""
+    small.write(root)
+    store = open_store(root)
+    moved = root.with_name("moved.fs")
+    root.rename(moved)
+    for call in (store.refresh, lambda: open_store(root), lambda: store.gradients("math", "h.0.q.weight")):
+        with pytest.raises(StoreFormatError, match=r"does not exist \(was it moved or deleted\?\)"):
+            call()
+    root.symlink_to(root.with_name("nowhere"))
+    with pytest.raises(StoreFormatError, match=r"is a link to .*nowhere, which does not exist"):
+        open_store(root)
+    file = root.with_name("file")
+    file.touch()
+    with pytest.raises(StoreFormatError, match="it is a file"):
+        open_store(file)
+    for call in (open_store, lambda path: StoreWriter.open(path, small.header)):
+        with pytest.raises(StoreError, match=r"is a name of 300 bytes, and file systems take 255"):
+            call(root.with_name("x" * 300))
+    assert open_store(moved).committed("math") == 4
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_that_cannot_sync(small, root, monkeypatch, number):
+    """The error names the durability that it can give, and with that the store is written."""
+
+    def refuse(fd):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(StoreError, match=r"loss of power.*durability='process'"):
+        small.write(root)
+    monkeypatch.undo()
+    shutil.rmtree(root)
+    monkeypatch.setattr(os, "fsync", refuse)
+    small.write(root, durability="process")
+    assert open_store(root).is_complete("math")

@@ -191,7 +191,7 @@ def test_directories_that_are_no_store_are_refused(small, root, tmp_path):
         StoreWriter.open(root / "thesis.tex", small.header)
     with pytest.raises(StoreFormatError, match="is not a fisherscope store"):
         open_store(root)
-    with pytest.raises(StoreFormatError, match="not a directory"):
+    with pytest.raises(StoreFormatError, match="does not exist"):
         open_store(tmp_path / "nowhere")
 
 
