@@ -13,7 +13,7 @@ from fisherscope.instrument.extensions import Positions
 from fisherscope.instrument.fingerprint import digest, tokenizer_digest, weights_digest
 from fisherscope.instrument.limits import BatchLimits
 from fisherscope.instrument.objectives import Objective
-from fisherscope.instrument.objectives.content import parts_of
+from fisherscope.instrument.objectives.content import is_dict, parts_of
 from fisherscope.instrument.options import CollectOptions
 from fisherscope.layout import ModelLayout
 from fisherscope.store import StoreHeader
@@ -89,10 +89,16 @@ def make_header(
 
 
 def state_of(objective: Objective) -> list[str]:
-    """Names of those parts of an objective that running it has changed since it was handed over."""
+    """Names of those parts of an objective that running it has changed since it was handed over.
+
+    Of a dict that has got or lost entries any other entry may come to be, too: "name.*".
+    """
     now = parts_of(objective.predict) if objective.parts else {}
     before = objective.parts
-    return sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+    changed = {name for name in {*before, *now} if before.get(name) != now.get(name)}
+    held = {name.rpartition(".")[0] for name in changed if name not in before or name not in now}
+    growing = {f"{path}.*" for path in held if is_dict(path, now)}
+    return sorted(changed | growing)
 
 
 def autocast_dtype(device: torch.device) -> str | None:

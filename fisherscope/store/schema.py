@@ -54,7 +54,8 @@ class StoreHeader:
             snapshots in units of powers of two. "plain", as in the first stores: what float32 holds of them.
         position_parameters: matrices with stored contributions of single positions; may be empty.
         state: keys of the fingerprint, with dots between levels, whose values the run itself changes, such as
-            a counter in a loss of the user's own: they are compared with nothing.
+            a counter in a loss of the user's own: they are compared with nothing. "a.*" stands for what comes
+            to be, or goes, below "a".
         options: of the collection, as used.
         provenance: versions, model name, command line: for readers, no part of the identity.
     """
@@ -307,10 +308,13 @@ def check_identity(old: StoreHeader, new: StoreHeader, root: Path) -> None:
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any], state: Iterable[str] = ()) -> list[str]:
     """What is another value now, in words, but for the keys that are state."""
+    state = set(state)
+    growing = tuple(key.removesuffix("*") for key in state if key.endswith(".*"))
     return [
         f"{key}: {_short(before.get(key, '<absent>'))} in the store, {_short(after.get(key, '<absent>'))} now"
-        for key in sorted((before.keys() | after.keys()) - set(state))
-        if key not in before or key not in after or before[key] != after[key]
+        for key in sorted((before.keys() | after.keys()) - state)
+        if before.get(key) != after.get(key)
+        and not (growing and key.startswith(growing) and (key not in before or key not in after))
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copyreg
 import hashlib
+import random
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -28,9 +29,12 @@ _MOST_PARTS = 500
 _MOST_ENTRIES = 64  # of a dict whose entries are parts of their own
 _DEEPEST = 100
 _LONGEST = 60  # characters of a value that is shown
+_DICT = "()"  # stands for a dict itself, beside its entries
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 # what a module of torch keeps for itself; parameters, buffers and submodules are looked at by name
 _OF_MODULES = ("training", "_is_full_backward_hook", "_non_persistent_buffers_set", "_compiled_call_impl")
+# what they will give is their state, wherever they were begun
+_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 # fields of a config that say how and by what it was saved
 _OF_CONFIGS = ("use_cache", "architectures", "dtype", "torch_dtype", "transformers_version")
 
@@ -49,6 +53,11 @@ def parts_of(function: Any) -> dict[str, str]:
     content = _Content(Origin.of(function))
     content.add("", function)
     return _at_most(content.parts, _MOST_PARTS)
+
+
+def is_dict(path: str, parts: Mapping[str, str]) -> bool:
+    """Whether a dict stands at a path."""
+    return _join(path, _DICT) in parts
 
 
 class _NoValueError(Exception):
@@ -118,7 +127,7 @@ class _Content:
         self._note(path, f"set {len(each)} {_digest(repr(each))}")
 
     def _add_mapping(self, path: str, value: Mapping[Any, Any]) -> None:
-        self._note(_join(path, "()"), type(value).__name__)
+        self._note(_join(path, _DICT), type(value).__name__)
         self._add_named(path, {_key(key): value[key] for key in value})
 
     def _add_named(self, path: str, named: Mapping[str, Any]) -> None:
@@ -214,6 +223,8 @@ class _Content:
             self._note(path, self._whole(kind.__qualname__, sorted(fields.items())))
         elif isinstance(wrapped := getattr(value, "__wrapped__", None), FunctionType):
             self.add(path, wrapped)  # such as what lru_cache makes: what it remembers is no part of it
+        elif isinstance(value, _GENERATORS):
+            self._note(path, kind.__qualname__)
         elif self._origin.is_own(kind.__module__):
             self.add(_join(path, kind.__qualname__), kind)
             self._add_named(path, _state(value))
