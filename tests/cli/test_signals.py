@@ -115,9 +115,11 @@ def test_every_command_answers_a_signal_at_any_time(uninterrupted, tmp_path, arg
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     time.sleep(delay)
+    was_at_work = process.poll() is None  # a quick machine may be done before
     process.send_signal(number)
     _, stderr = process.communicate(timeout=120)
-    if process.returncode != 0 or delay < 0.01:  # a quick command may be done before
+    assert was_at_work or delay > 0.5
+    if was_at_work:
         assert process.returncode == 128 + number, stderr
         assert "Traceback" not in stderr
         assert f"{signal.Signals(number).name} stopped the command at once" in stderr
