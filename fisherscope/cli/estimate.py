@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from fisherscope.cli import options as opt
 from fisherscope.cli.guard import guarded
 from fisherscope.cli.request import make_extensions, open_scope
@@ -86,7 +84,7 @@ def estimate(
     found = scope.estimate(
         rows,
         measure=measure,
-        directory=None if out is None else _existing(out),
+        directory=out,
         extensions=extensions,
         objective=objective,
         max_length=max_length,
@@ -100,9 +98,3 @@ def estimate(
         seed=seed,
     )
     show_estimate(found)
-
-
-def _existing(path: Path) -> Path:
-    """The directory that is there already, on the disk that this one will be on."""
-    path = path.absolute()
-    return next(parent for parent in (path, *path.parents) if parent.is_dir())

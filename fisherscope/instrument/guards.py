@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fisherscope.errors import CoverageError, StoreError, StoreFullError
+from fisherscope.errors import CoverageError, StoreError, StoreFullError, UsageError
 from fisherscope.instrument.estimate import Estimate
 from fisherscope.store import StoreWriter, open_store
 
@@ -54,15 +54,27 @@ def _there(estimate: Estimate, path: Path) -> int:
     return done * estimate.bytes_per_sample + aggregated * estimate.accumulator_bytes
 
 
+def directory_at_hand(path: str | Path) -> Path:
+    """The directory that is there already, on the disk that this one will be on.
+
+    Raises:
+        UsageError: a file is in its place.
+    """
+    found = Path(path).expanduser().absolute()
+    while not found.exists():
+        found = found.parent
+    if not found.is_dir():
+        raise UsageError(f"{found} is a file: name a directory")
+    return found
+
+
 def refuse_if_disk_is_small(estimate: Estimate, path: Path) -> None:
     """Compare what is still to be written with what is free.
 
     Raises:
         StoreFullError: the disk cannot hold it; the message names cheaper ways.
     """
-    parent = path.absolute()
-    while not parent.exists():
-        parent = parent.parent
+    parent = directory_at_hand(path)
     there = _there(estimate, path)
     needed, free = estimate.disk_bytes - there, shutil.disk_usage(parent).free
     if needed > free:

@@ -22,6 +22,7 @@ from fisherscope.instrument.collection import SEALED_AHEAD, Collection
 from fisherscope.instrument.estimate import Estimate
 from fisherscope.instrument.extensions import Extension
 from fisherscope.instrument.guards import (
+    directory_at_hand,
     nothing_half_written,
     random_state,
     refuse_changed_gradients,
@@ -170,7 +171,7 @@ class Scope:
             return plan.estimate
         header, constants = self._planner.header(plan), self._constants(plan)
         prepared_in = time.perf_counter() - begun
-        where = None if directory is None else Path(directory)
+        where = None if directory is None else directory_at_hand(directory)
         trial = try_run(plan, header, constants, where)
         memory = plan.estimate.memory_bytes if trial.memory_bytes is None else trial.memory_bytes
         return replace(plan.estimate, seconds=prepared_in + trial.seconds, memory_bytes=memory)
