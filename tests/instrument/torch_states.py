@@ -91,7 +91,7 @@ def tasks() -> dict[str, list[dict[str, list[int]]]]:
 
 def classifier() -> Any:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 40}
     config = transformers.BertConfig(**sizes, vocab_size=models.VOCABULARY, num_labels=3)
     return transformers.AutoModelForSequenceClassification.from_config(config).eval()
 
@@ -159,7 +159,7 @@ def collected(
 
 def run(out: Path, state: str | None = None) -> dict[str, Any]:
     """Everything of a language model under a state."""
-    model = models.build(models.named("llama-biases"))
+    model = models.build(models.named("llama-biases"), layers=1)
     entered = STATES[state] if state else nullcontext
     found = collected(model, tasks(), out, entered(), extensions=EXTENSIONS)
     if state is None or state in OF_ANALYSES:
