@@ -1,5 +1,6 @@
 """Settings that every test shares: no network, no progress bars, seeded randomness, one thread."""
 
+import gc
 import os
 import random
 
@@ -28,6 +29,12 @@ def pytest_configure():
     The models are tiny, so that a second thread costs more than it does.
     """
     torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    """Libraries and tests are there to stay: looking for garbage among them again and again takes a while."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -25,7 +25,7 @@ WIDTH, HEAD, QUERIES, KV, CHANNELS, LAYERS = 8, 4, 4, 2, 6, 2
 
 
 def make_layout(layers: int = LAYERS) -> ModelLayout:
-    """Two layers or as many as that, four query and two kv heads of width 4, biases on Q, K, V, an MLP of six channels."""
+    """Four query and two kv heads of width 4 in each layer, biases on Q, K, V, an MLP of six channels."""
     parameters = [ParameterInfo("embed.weight", (20, WIDTH), "embedding")]
     attention, mlps = [], []
     for layer in range(layers):

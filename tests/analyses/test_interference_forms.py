@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fisherscope as fs
-from fisherscope.analyses import AnalyzeConfig, InterferenceConfig, run
+from fisherscope.analyses import AnalyzeConfig, ConflictConfig, InterferenceConfig, run
 from fisherscope.analyses.interference import interference_matrix, matrix
 from fisherscope.analyses.interference.full import FullScorer
 from fisherscope.analyses.slices import Loaded, SliceReader, find_block
@@ -30,7 +30,10 @@ TOLERANCE = 1e-5
 
 def interference(store, memory_budget=1 << 30, tasks=None, **options):
     config = AnalyzeConfig(
-        interference=InterferenceConfig(**options), memory_budget=memory_budget, tasks=tasks
+        interference=InterferenceConfig(**options),
+        conflict=ConflictConfig(calibration_splits=0),
+        memory_budget=memory_budget,
+        tasks=tasks,
     )
     return run(store, ["interference"], config)["interference"]
 

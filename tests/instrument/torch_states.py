@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fisherscope as fs
+from fisherscope.analyses import ConflictConfig, FisherConfig, ImportanceConfig
 from tests import models
 
 CPU_PRODUCTS: Any = getattr(torch.backends.mkldnn, "matmul", None)  # from torch 2.9 on
@@ -24,6 +25,13 @@ EXTENSIONS = (
     "kronecker",
     fs.Positions(),
     fs.ExactPerToken(),
+)
+
+
+QUICK = fs.AnalyzeConfig(
+    fisher=FisherConfig(bootstrap=20),
+    importance=ImportanceConfig(bootstrap=20),
+    conflict=ConflictConfig(calibration_splits=4),
 )
 
 
@@ -134,7 +142,7 @@ def everything(store: fs.ContributionStore) -> dict[str, Any]:
 
 def analysed(store: fs.ContributionStore) -> dict[str, Any]:
     """Results of all analyses, without what names the store's place."""
-    report = fs.analyze(store)
+    report = fs.analyze(store, config=QUICK)
     assert not report.failed
     return {name: result.to_json() for name, result in report.items()}
 

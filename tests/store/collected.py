@@ -1,4 +1,4 @@
-"""A real collection of a tiny GPT-2 of one layer: two tasks, a segment for every batch, a snapshot after each."""
+"""A real collection of a GPT-2 of one layer: two tasks, a segment for every batch, a snapshot after each."""
 
 from unittest.mock import patch
 

@@ -430,7 +430,7 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory):
-    """Reads each store in a process of its own, which a small one forks: lines that it prints, and its end."""
+    """Reads each store in a fork of a small process; returns the lines that it prints."""
     script = textwrap.dedent(READER).format(tree=str(ROOT), room=256 << 20, seconds=60)
     complaints = tmp_path_factory.mktemp("reader") / "stderr"
     with (
