@@ -4,7 +4,7 @@ import gc
 import os
 import random
 
-# Before anything imports transformers or datasets, which read these once.
+# Before anything imports torch, transformers or datasets, which read these once. Processes inherit them.
 os.environ.update(
     HF_HUB_OFFLINE="1",
     TRANSFORMERS_OFFLINE="1",
@@ -12,6 +12,7 @@ os.environ.update(
     HF_HUB_DISABLE_PROGRESS_BARS="1",
     HF_HUB_DISABLE_TELEMETRY="1",
     TOKENIZERS_PARALLELISM="false",
+    OMP_NUM_THREADS="1",
 )
 
 import numpy as np

@@ -333,7 +333,7 @@ def test_streaming_changes_nothing(made, analysed, form, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "form", [pytest.param(f, marks=() if f in {"unsigned", "full"} else pytest.mark.slow) for f in FORMS]
+    "form", [pytest.param(f, marks=() if f == "full" else pytest.mark.slow) for f in FORMS]
 )
 def test_streaming_of_factors_changes_nothing(factored, form, monkeypatch):
     """The same of gradients that are stored as factors."""
