@@ -1,9 +1,10 @@
 """Settings that every test shares: no network, no progress bars, seeded randomness, one thread."""
 
+import gc
 import os
 import random
 
-# Before anything imports transformers or datasets, which read these once.
+# Before anything imports torch, transformers or datasets, which read these once. Processes inherit them.
 os.environ.update(
     HF_HUB_OFFLINE="1",
     TRANSFORMERS_OFFLINE="1",
@@ -11,6 +12,7 @@ os.environ.update(
     HF_HUB_DISABLE_PROGRESS_BARS="1",
     HF_HUB_DISABLE_TELEMETRY="1",
     TOKENIZERS_PARALLELISM="false",
+    OMP_NUM_THREADS="1",
 )
 
 import numpy as np
@@ -28,6 +30,12 @@ def pytest_configure():
     The models are tiny, so that a second thread costs more than it does.
     """
     torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    """Libraries and tests are there to stay: looking for garbage among them again and again takes a while."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -204,10 +204,15 @@ def named(name: str) -> Setting:
     return next(setting for setting in ALL if setting.name == name)
 
 
-def build(setting: Setting, *, seed: int = 0) -> nn.Module:
-    """A random model whose biases and norms are random, too, so that nothing is accidentally zero."""
+def build(setting: Setting, *, seed: int = 0, layers: int | None = None) -> nn.Module:
+    """A random model whose biases and norms are random, too, so that nothing is accidentally zero.
+
+    With as many layers as its setting says, or ``layers``.
+    """
     torch.manual_seed(seed)
     config = setting.config()
+    if layers is not None:
+        config.num_hidden_layers = layers
     model = getattr(transformers, setting.auto).from_config(config)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():

@@ -53,7 +53,10 @@ def rows_of(path):
     return found["rows"]
 
 
-@pytest.mark.parametrize("only", ["fisher", "collect", "gpt2"])
+@pytest.mark.parametrize(
+    "only",
+    ["collect", pytest.param("fisher", marks=pytest.mark.slow), pytest.param("gpt2", marks=pytest.mark.slow)],
+)
 def test_collect(run_here, tmp_path, only):
     """Floors, F alone and with what collect() adds stand in one table, as multiples of plain."""
     out = tmp_path / "results.json"
@@ -72,6 +75,7 @@ def test_collect(run_here, tmp_path, only):
         assert name in printed
 
 
+@pytest.mark.slow
 def test_peers(tmp_path):
     """Each peer is timed, or left out with a word; the loop and vmap need nothing but torch."""
     out = tmp_path / "results.json"

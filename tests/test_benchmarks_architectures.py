@@ -26,6 +26,7 @@ def script(monkeypatch):
     return module
 
 
+@pytest.mark.slow
 def test_three_verdicts(tmp_path):
     """A registered family and a detected one are confirmed in every layer; mamba has modules only."""
     out = tmp_path / "results.json"

@@ -24,11 +24,11 @@ from fisherscope.store import ContributionStore, StoreHeader, StoreWriter, open_
 WIDTH, HEAD, QUERIES, KV, CHANNELS, LAYERS = 8, 4, 4, 2, 6, 2
 
 
-def make_layout() -> ModelLayout:
-    """Two layers, four query and two kv heads of width 4, biases on Q, K, V, an MLP of six channels."""
+def make_layout(layers: int = LAYERS) -> ModelLayout:
+    """Four query and two kv heads of width 4 in each layer, biases on Q, K, V, an MLP of six channels."""
     parameters = [ParameterInfo("embed.weight", (20, WIDTH), "embedding")]
     attention, mlps = [], []
-    for layer in range(LAYERS):
+    for layer in range(layers):
         root = f"layers.{layer}"
         blocks = []
         for name, heads in (("Q", QUERIES), ("K", KV), ("V", KV)):

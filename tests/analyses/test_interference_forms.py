@@ -1,5 +1,6 @@
 """The five forms of interference against slow loops over pairs, and the identities that each obeys."""
 
+import functools
 import json
 import warnings
 
@@ -9,12 +10,12 @@ import pytest
 import torch
 
 import fisherscope as fs
-from fisherscope.analyses import AnalyzeConfig, InterferenceConfig, run
+from fisherscope.analyses import AnalyzeConfig, ConflictConfig, InterferenceConfig, run
 from fisherscope.analyses.interference import interference_matrix, matrix
 from fisherscope.analyses.interference.full import FullScorer
 from fisherscope.analyses.slices import Loaded, SliceReader, find_block
 from tests import models
-from tests.analyses.synthetic import make_task, write_store
+from tests.analyses.synthetic import make_layout, make_task, write_store
 
 # so few samples of random gradients have flat spectra
 pytestmark = pytest.mark.filterwarnings("ignore:.*smallest non-zero eigenvalue")
@@ -29,7 +30,10 @@ TOLERANCE = 1e-5
 
 def interference(store, memory_budget=1 << 30, tasks=None, **options):
     config = AnalyzeConfig(
-        interference=InterferenceConfig(**options), memory_budget=memory_budget, tasks=tasks
+        interference=InterferenceConfig(**options),
+        conflict=ConflictConfig(calibration_splits=0),
+        memory_budget=memory_budget,
+        tasks=tasks,
     )
     return run(store, ["interference"], config)["interference"]
 
@@ -115,6 +119,17 @@ def factored(tmp_path_factory):
     kept = fs.SampleGradients(encoding="factored", dtype="float32")
     path = tmp_path_factory.mktemp("factored") / "run.fs"
     return scope.collect(tasks, path, extensions=("fisher", kept), batch_size=3, quiet=True)
+
+
+@pytest.fixture(scope="module")
+def analysed(made):
+    """What each form gives with its defaults, analysed once."""
+
+    @functools.cache
+    def analyse(form):
+        return interference(made.store, form=form)
+
+    return analyse
 
 
 @pytest.fixture(params=["dense", "factored"])
@@ -255,12 +270,9 @@ def test_batches_change_nothing(factored, tmp_path):
         close(scores(other, "math", "code", 1, "O", 1, form=form), before, 1e-4)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_a_dead_head_collapses(tmp_path, form):
-    """With V of a kv head (and its bias) and O of all its query heads zero, nothing moves there: score 0.
-
-    Then neither the heads' queries and keys nor their values reach the loss, and no gradient comes back to O.
-    """
+@pytest.fixture(scope="module")
+def with_a_dead_head(tmp_path_factory):
+    """V of a kv head (and its bias) and O of all its query heads are zero."""
     model = models.build(models.named("llama-biases"))
     attention = model.model.layers[0].self_attn
     width = attention.head_dim
@@ -270,8 +282,17 @@ def test_a_dead_head_collapses(tmp_path, form):
         attention.o_proj.weight[:, : 2 * width] = 0
     kept = fs.SampleGradients(dtype="float32")
     tasks = {"math": models.rows(4), "code": models.rows(3, seed=5)}
-    found = fs.wrap(model).collect(tasks, tmp_path / "run.fs", extensions=("fisher", kept), quiet=True)
-    frame = interference(found, form=form).frame
+    out = tmp_path_factory.mktemp("dead") / "run.fs"
+    return fs.wrap(model).collect(tasks, out, extensions=("fisher", kept), quiet=True)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_dead_head_collapses(with_a_dead_head, form):
+    """Nothing moves where V and O are zero: score 0.
+
+    Neither the heads' queries and keys nor their values reach the loss, and no gradient comes back to O.
+    """
+    frame = interference(with_a_dead_head, form=form).frame
     first = frame[frame["layer"] == 0]
     shared = first["block"].isin(["K", "V"])
     dead = first[(shared & (first["head"] == 0)) | (~shared & (first["head"] < 2))]
@@ -283,13 +304,20 @@ def test_a_dead_head_collapses(tmp_path, form):
     assert not alive["flat"].any()
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_flat_slices_give_zero_and_a_flag(made, layout, tmp_path, form):
-    """Where F is 0 throughout scores are 0, in any pool, and the slice is flagged."""
-    tasks = {name: task.scaled(1.0) for name, task in made.tasks.items()}
-    piece = layout.slice(1, "V", 0)
+@pytest.fixture(scope="module")
+def with_a_flat_slice(tmp_path_factory):
+    """One layer, in which one task has no gradient in one slice."""
+    layout = make_layout(layers=1)
+    tasks = {"math": make_task(layout, "math", 12, 1), "code": make_task(layout, "code", 9, 2)}
+    piece = layout.slice(0, "V", 0)
     piece.take(tasks["math"].gradients[piece.parameter])[:] = 0
-    found = write_store(tmp_path / "run.fs", layout, tasks).store
+    return write_store(tmp_path_factory.mktemp("flat") / "run.fs", layout, tasks).store
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_flat_slices_give_zero_and_a_flag(with_a_flat_slice, form):
+    """Where F is 0 throughout scores are 0, in any pool, and the slice is flagged."""
+    found = with_a_flat_slice
     for pool, expected in (("A", [("math", "code")]), ("B", [("code", "math")]), ("pooled", [])):
         result = interference(found, form=form, fisher_pool=pool)
         assert np.isfinite(result.frame[["mean", "min", "max"]]).to_numpy().all()
@@ -299,9 +327,20 @@ def test_flat_slices_give_zero_and_a_flag(made, layout, tmp_path, form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_streaming_changes_nothing(store, form, monkeypatch):
+def test_streaming_changes_nothing(made, analysed, form, monkeypatch):
     """Slices and scores beyond the memory budget come in stretches, with the same numbers."""
-    before = interference(store, form=form)
+    assert_streaming_changes_nothing(made.store, analysed(form), form, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "form", [pytest.param(f, marks=() if f == "full" else pytest.mark.slow) for f in FORMS]
+)
+def test_streaming_of_factors_changes_nothing(factored, form, monkeypatch):
+    """The same of gradients that are stored as factors."""
+    assert_streaming_changes_nothing(factored, interference(factored, form=form), form, monkeypatch)
+
+
+def assert_streaming_changes_nothing(store, before, form, monkeypatch):
     monkeypatch.setattr("fisherscope.analyses.slices._COPIES", 1 << 7)
     monkeypatch.setattr("fisherscope.analyses.interference.pairs._COPIES", 1 << 10)
     small = interference(store, memory_budget=1 << 16, form=form)
@@ -359,10 +398,10 @@ def test_normalisation_of_gradients_is_for_two_forms(made):
             InterferenceConfig(form=form, normalize_gj="per_token_sum")
 
 
-def test_json_tells_what_was_applied(made):
+def test_json_tells_what_was_applied(analysed):
     """Form, pool, aggregate, normalisation, damping and the GQA map, as applied and not as None."""
     for form in FORMS:
-        result = interference(made.store, form=form)
+        result = analysed(form)
         told = json.loads(json.dumps(result.to_json(), allow_nan=False))
         config = told["config"]
         assert (config["form"], config["fisher_pool"]) == (form, POOLS[form])
@@ -374,7 +413,7 @@ def test_json_tells_what_was_applied(made):
         assert {"fisher_min", "fisher_median", "fisher_max", "below_epsilon", "ridge"} <= set(columns)
 
 
-def test_damping_of_the_full_form(made):
+def test_damping_of_the_full_form(made, analysed):
     """A tenth of the mean non-zero eigenvalue of the slice's F, or what is asked for; too little is said."""
     _, h_a = slices_of(made.store, "math", 0, "Q")
     _, h_b = slices_of(made.store, "code", 0, "Q")
@@ -393,7 +432,7 @@ def test_damping_of_the_full_form(made):
         matrix(made.store, "math", "code", **options, config=little)
     result = interference(made.store, form="full", ridge_rel=1e-9)
     assert any("in 48 of 48 slices the damping is below" in note for note in result.warnings)
-    assert not any("eigenvalue" in note for note in interference(made.store, form="full").warnings)
+    assert not any("eigenvalue" in note for note in analysed("full").warnings)
 
 
 def test_full_with_limited_pairs_takes_all_samples_for_fisher(made):

@@ -128,9 +128,10 @@ def split(task, n):
     return {"a": task.permuted(order[:n]), "b": task.permuted(order[n:])}
 
 
-def test_level_where_tasks_are_exchangeable(tmp_path):
+@pytest.mark.parametrize("splits", [12, pytest.param(24, marks=pytest.mark.slow)])
+def test_level_where_tasks_are_exchangeable(splits, tmp_path):
     """Halves of one task, of unequal size: P(p <= .05) about .05, and p_max <= .05 in few of the splits."""
-    layout, splits = make_layout(), 24
+    layout = make_layout()
     p, any_called = [], 0
     for seed in range(splits):
         task = make_task(layout, "a", 17, 100 + seed)
@@ -139,9 +140,9 @@ def test_level_where_tasks_are_exchangeable(tmp_path):
         rows = rows[rows["task_a"] == "a"]
         p += rows["p"].tolist()
         any_called += int((rows["p_max"] <= 0.05).any())
-    # slices of these tasks are independent: a binomial standard error of .009
+    # slices of these tasks are independent: a binomial standard error of .009, or .013 of half as many
     assert 0.02 < np.mean(np.array(p) <= 0.05) < 0.08
-    assert any_called <= 5
+    assert any_called <= splits * 5 / 24
 
 
 def test_specialised_tasks_are_found_and_words_say_so(tmp_path):

@@ -183,7 +183,7 @@ def test_tasks_of_which_some_gradients_are_stored(tmp_path):
     """Pairs use samples that have gradients, and the result says so; F is that of all where it was kept."""
     tasks = {"math": models.rows(6), "code": models.rows(5, seed=5)}
     found, expected = (
-        fs.wrap(models.build(models.named("llama"))).collect(
+        fs.wrap(models.build(models.named("llama"), layers=1)).collect(
             tasks, tmp_path / f"{most}.fs", extensions=extensions, batch_size=2, quiet=True
         )
         for most in (3, None)

@@ -66,7 +66,7 @@ def tasks(tmp_path):
     return ["--task", f"math={math}", "--task", f"code={code}"]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run():
     """Runs a command line in this process; returns the result with exit_code, stdout and stderr."""
     runner = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"})

@@ -58,10 +58,10 @@ def assert_same_samples(one, other):
             assert one.gradients(task, name).equal(other.gradients(task, name, rows))
 
 
-def test_a_limit_of_file_sizes_is_a_full_disk(command, tmp_path):
+def test_a_limit_of_file_sizes_is_a_full_disk(command, run, tmp_path):
     """RLIMIT_FSIZE below the larger kind of shard: exit code 1, no crash at exit, and it completes later."""
     whole, path = tmp_path / "whole.fs", tmp_path / "run.fs"
-    assert collect([*command, "--out", whole]).returncode == 0
+    assert run("collect", *command, "--out", whole).exit_code == 0
     segments, snapshots = shard_sizes(whole)
     assert max(segments) != max(snapshots)
     limit = max(*segments, *snapshots) - 1
@@ -75,7 +75,7 @@ def test_a_limit_of_file_sizes_is_a_full_disk(command, tmp_path):
     assert "Traceback" not in ended.stderr
     assert verify(path).ok
     assert_same_samples(fs.open_store(path), fs.open_store(whole))
-    assert collect([*command, "--out", path]).returncode == 0
+    assert run("collect", *command, "--out", path).exit_code == 0
     store = fs.open_store(path)
     assert all(store.is_complete(task) for task in store.tasks)
     assert_same_samples(fs.open_store(whole), store)
@@ -112,7 +112,7 @@ def fill(path, free):
         os.posix_fallocate(file.fileno(), 0, size)
 
 
-def test_a_disk_that_is_too_small_is_refused_before_anything_is_computed(command, small_disk):
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_computed(command, run, small_disk):
     """The estimate is larger than what is free: both are named, and the exit code is 1."""
     disk = small_disk(64 << 20)
     fill(disk, 64 << 10)
@@ -121,7 +121,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_computed(command
     assert re.search(r"would take [0-9,]+ bytes more and [0-9,]+ are free", ended.stderr), ended.stderr
     assert "Traceback" not in ended.stderr
     (disk / "filler").unlink()
-    assert collect([*command, "--out", disk / "run.fs"]).returncode == 0
+    assert run("collect", *command, "--out", disk / "run.fs").exit_code == 0
     assert verify(disk / "run.fs").ok
 
 

@@ -12,6 +12,8 @@ import pytest
 
 import fisherscope as fs
 
+ROWS = 96  # of a batch each: some seconds
+
 
 def wait_for(path, process, seconds=60):
     """Waits until the constants are committed and a segment is being filled."""
@@ -25,8 +27,8 @@ def wait_for(path, process, seconds=60):
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory, write_task):
-    """Samples for some seconds, in a file whose name needs quotes in a shell."""
-    rows = [{"prompt": f"{i}+{i}=", "completion": f"{2 * i}\n"} for i in range(160)]
+    """Samples for a while, in a file whose name needs quotes in a shell."""
+    rows = [{"prompt": f"{i}+{i}=", "completion": f"{2 * i}\n"} for i in range(ROWS)]
     return write_task(tmp_path_factory.mktemp("task") / "a task.jsonl", rows)
 
 
@@ -47,18 +49,17 @@ def command(model_dir, task):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(command, start, tmp_path_factory):
+def uninterrupted(command, run, tmp_path_factory):
     """The store of a run that nobody stopped."""
     path = tmp_path_factory.mktemp("whole") / "run.fs"
-    process = start(*command, "--out", path, "--quiet")
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 0, stderr
-    assert stderr == ""
+    ended = run(*command, "--out", path, "--quiet")
+    assert ended.exit_code == 0, ended.stderr
+    assert ended.stderr == ""
     return fs.open_store(path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupt_and_resume(command, uninterrupted, tmp_path, start, number):
+def test_interrupt_and_resume(command, uninterrupted, tmp_path, start, run, number):
     """128 + signal; the command in the message is the one that finishes the store."""
     path = tmp_path / "run.fs"
     process = start(*command, "--out", path)
@@ -71,10 +72,9 @@ def test_interrupt_and_resume(command, uninterrupted, tmp_path, start, number):
 
     resume = shlex.split(stderr.partition("resumes: ")[2])
     assert resume[:4] == ["python", "-m", "fisherscope", "collect"]
-    resumed = start(*resume[3:])
-    stdout, stderr = resumed.communicate(timeout=120)
-    assert resumed.returncode == 0, stderr
-    assert "160" in stdout
+    resumed = run(*resume[3:])
+    assert resumed.exit_code == 0, resumed.stderr
+    assert str(ROWS) in resumed.stdout
 
     store = fs.open_store(path)
     assert store.is_complete("math")

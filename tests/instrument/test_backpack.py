@@ -104,7 +104,7 @@ def run(model: nn.Module, data: Any, loss: Loss = next_tokens, *extensions: Any,
 
 def tiny() -> nn.Module:
     """GPT-2: tied tokens, positions that all samples share, Conv1D, LayerNorm."""
-    return models.build(models.named("gpt2"))
+    return models.build(models.named("gpt2"), layers=1)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def tiny() -> nn.Module:
 )
 def test_quantities_equal_the_loop(name: str, loss: Loss) -> None:
     """All four of every parameter: padded batch, tied tables, norms of heads, flattened layers; and .grad."""
-    model, data = models.build(models.named(name)), models.rows(5)
+    model, data = models.build(models.named(name), layers=1), models.rows(5)
     expected = by_loop(model, data, loss)
     assert extend(model) is model
     run(model, data, loss)
@@ -395,7 +395,7 @@ class Clipped(FirstOrderBackpropExtension):  # type: ignore[misc]
 @pytest.mark.filterwarnings("ignore:Extension saving to clipped .*Embedding")
 def test_an_extension_of_ones_own() -> None:
     """It runs as under BackPACK itself, beside the four, and warns where it knows no layer."""
-    model, data = models.build(models.named("llama-biases")), models.rows(4)
+    model, data = models.build(models.named("llama-biases"), layers=1), models.rows(4)
     expected = by_loop(model, data, next_tokens)
     extend(model)
     with pytest.warns(UserWarning, match="LlamaRMSNorm"):
@@ -536,7 +536,10 @@ def test_weights_used_without_their_layer() -> None:
 
 def test_tables_that_mix_samples_with_positions() -> None:
     """T5's position biases are refused, also with as many samples as positions; frozen they pass."""
-    model, ids = extend(models.build(models.named("t5"))), torch.randint(3, models.VOCABULARY, (4, 4))
+    model, ids = (
+        extend(models.build(models.named("t5"), layers=1)),
+        torch.randint(3, models.VOCABULARY, (4, 4)),
+    )
     with bp.backpack(BatchGrad()), pytest.raises(CoverageError, match="relative_attention_bias"):
         model(input_ids=ids, decoder_input_ids=ids).logits.square().sum().backward()
     for name, parameter in model.named_parameters():
@@ -595,7 +598,7 @@ EXACT = (fs.Fisher(normalization="none"), fs.SampleGradients(parameters="all", d
 def collected(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[FromBackpack]]:
     """A store with our own quantities and those of BackPACK's extensions, from batches of unequal size."""
     adapters = [FromBackpack(e) for e in four()] + [FromBackpack(Clipped(), reduction="sum")]
-    scope = fs.wrap(models.build(models.named("gpt2")), parameters="all")
+    scope = fs.wrap(models.build(models.named("gpt2"), layers=1), parameters="all")
     state = torch.get_rng_state()
     store = scope.collect(
         {"a": models.rows(7)},
@@ -648,7 +651,7 @@ def test_interrupted_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     from fisherscope.instrument import collection
 
     model, adapters = (
-        models.build(models.named("llama")),
+        models.build(models.named("llama"), layers=1),
         [FromBackpack(SumGradSquared()), FromBackpack(Variance())],
     )
 
@@ -710,7 +713,7 @@ def test_extensions_that_cannot_be_collected(tmp_path: Path) -> None:
         FromBackpack(BatchGrad(subsampling=[0]))
     with pytest.raises(ValueError, match="'sum', 'samples' or 'variance'"):
         FromBackpack(Clipped())
-    scope = fs.wrap(models.build(models.named("llama")), parameters=["*0*q_proj.weight"])
+    scope = fs.wrap(models.build(models.named("llama"), layers=1), parameters=["*0*q_proj.weight"])
     for number, (adapter, message) in enumerate(
         [
             (

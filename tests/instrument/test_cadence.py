@@ -82,7 +82,7 @@ def test_pace_is_the_mean_of_what_was_done() -> None:
 
 
 def _segments(out: Path, **options: object) -> list[int]:
-    scope = fs.wrap(models.build(SETTING))
+    scope = fs.wrap(models.build(SETTING, layers=1))
     store = scope.collect({"a": models.rows(12)}, out, batch_size=2, quiet=True, **options)  # type: ignore[arg-type]
     return [len(segment.rows) for segment in store.ledgers[0].segments["a"].values()]
 
@@ -94,7 +94,7 @@ def test_small_runs_are_one_segment(tmp_path: Path) -> None:
 
 def test_segments_are_sealed_by_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A segment ends with the batch that makes it large enough."""
-    plan = fs.wrap(models.build(SETTING)).estimate({"a": models.rows(12)}, measure=False)
+    plan = fs.wrap(models.build(SETTING, layers=1)).estimate({"a": models.rows(12)}, measure=False)
     monkeypatch.setattr(collection, "SEGMENT_BYTES", 3 * plan.bytes_per_sample)
     assert _segments(tmp_path / "run.fs") == [4, 4, 4]
 
@@ -107,7 +107,7 @@ def test_segments_are_sealed_by_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_gradients_of_the_first_rows_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``max_samples`` keeps gradients of so many rows; group values and F are of all."""
-    scope = fs.wrap(models.build(SETTING))
+    scope = fs.wrap(models.build(SETTING, layers=1))
     rows = models.rows(12)
     some = scope.collect(
         {"a": rows}, tmp_path / "some.fs", batch_size=4, quiet=True,

@@ -21,7 +21,7 @@ FAMILIES = ("llama", "gpt2", "opt", "mixtral", "qwen3-head-dim")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_checkpointed_models_equal_the_loop(name: str, reentrant: bool, tmp_path: Path) -> None:
     """Both kinds of checkpoints, on every parameter; the layers run twice, and are left as they were."""
-    model = models.build(models.named(name))
+    model = models.build(models.named(name), layers=1)
     data = models.rows(5)
     expected = models.loop(model, data)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
@@ -47,7 +47,7 @@ def test_checkpointed_models_equal_the_loop(name: str, reentrant: bool, tmp_path
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_a_module_that_is_used_inside_and_outside(reentrant: bool, tmp_path: Path) -> None:
     """A checkpointed layer's MLP is called once more behind the layers: both uses count, and each once."""
-    model: Any = models.build(models.named("llama"))
+    model: Any = models.build(models.named("llama"), layers=1)
     mlp = model.model.layers[0].mlp
     model.model.norm.register_forward_hook(lambda _module, _args, output: output + mlp(output))
     _equals_the_loop(model, reentrant, tmp_path, "auto")
@@ -64,7 +64,7 @@ def test_an_objective_that_runs_the_model_twice(reentrant: bool, tmp_path: Path)
             reference = CAUSAL_LM.losses(model, batch)
         return CAUSAL_LM.losses(model, batch) + 0.0 * reference
 
-    model = models.build(models.named("llama"))
+    model = models.build(models.named("llama"), layers=1)
     _equals_the_loop(model, reentrant, tmp_path, with_reference)
 
 

@@ -59,7 +59,7 @@ def test_matrices_are_taken_while_they_fit(most, count, monkeypatch, tmp_path):
 @pytest.mark.parametrize("first", ["auto", "attention"])
 def test_the_former_default_goes_on(first, tmp_path):
     """A store with the gradients of attention is the same run, however that choice was made."""
-    scope, rows = fs.wrap(models.build(models.named("llama"))), models.rows(4)
+    scope, rows = fs.wrap(models.build(models.named("llama"), layers=1)), models.rows(4)
     second = {"auto": "attention", "attention": "auto"}[first]
     for parameters, n in ((first, 2), (second, 4)):
         kept = ("fisher", fs.SampleGradients(parameters=parameters))
@@ -70,7 +70,10 @@ def test_the_former_default_goes_on(first, tmp_path):
 
 def test_advice_of_a_store_without_gradients_of_heads(tmp_path):
     """What a skipped analysis says to do is what makes it run."""
-    model, tasks = models.build(models.named("llama")), {"a": models.rows(4), "b": models.rows(4, seed=1)}
+    model, tasks = (
+        models.build(models.named("llama"), layers=1),
+        {"a": models.rows(4), "b": models.rows(4, seed=1)},
+    )
     narrow = fs.wrap(model, parameters=["*.mlp.*"])
     store = narrow.collect(tasks, tmp_path / "narrow.fs", quiet=True)
     reason = fs.analyze(store, ["interference"]).skipped["interference"]

@@ -21,7 +21,7 @@ EXACT = (fs.Fisher(), fs.SampleGradients(parameters="all", dtype="float32"))
 
 @pytest.fixture
 def model() -> Any:
-    return models.build(models.named("llama-biases"))
+    return models.build(models.named("llama-biases"), layers=1)
 
 
 def damp_late_positions(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:

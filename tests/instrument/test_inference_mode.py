@@ -15,7 +15,7 @@ STORED = ("fisher", fs.SampleGradients(parameters="all", dtype="float32", encodi
 
 def made_inside(name):
     with torch.inference_mode():
-        return models.build(models.named(name))
+        return models.build(models.named(name), layers=1)
 
 
 def held(model):
@@ -41,7 +41,7 @@ def test_a_model_that_was_made_inside(name, tmp_path):
     model, rows = made_inside(name), models.rows(4)
     before = held(model)
     found = gradients(fs.wrap(model, parameters="all"), rows, tmp_path / "run.fs")
-    expected = models.loop(models.build(models.named(name)), rows)
+    expected = models.loop(models.build(models.named(name), layers=1), rows)
     for parameter, each in found.items():
         for i, one in enumerate(expected):
             assert models.relative_error(each[i], one[parameter], floor=1e-3) < 1e-5, parameter
@@ -53,7 +53,7 @@ def test_the_same_run(tmp_path):
     """A store that a model from inside began goes on with one from outside, and computes samples again."""
     rows = models.rows(6)
     begun = fs.wrap(made_inside("qwen2")).collect({"a": rows[:3]}, tmp_path / "run.fs", quiet=True)
-    scope = fs.wrap(models.build(models.named("qwen2")))
+    scope = fs.wrap(models.build(models.named("qwen2"), layers=1))
     assert scope.collect({"a": rows}, tmp_path / "run.fs", quiet=True).n("a") == 6
     name = begun.gradient_parameters[0]
     again = fs.wrap(made_inside("qwen2")).gradients(tmp_path / "run.fs", ["a_1"], parameters=[name])
@@ -63,7 +63,7 @@ def test_the_same_run(tmp_path):
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 def test_buffers_that_were_made_inside(tmp_path):
     """The tables of rotary positions alone may be inference tensors, under checkpointing, too."""
-    model, rows = models.build(models.named("llama")), models.rows(4)
+    model, rows = models.build(models.named("llama"), layers=1), models.rows(4)
     expected = gradients(fs.wrap(model), rows, tmp_path / "plain.fs")
     rotary = model.model.rotary_emb
     with torch.inference_mode():
@@ -77,7 +77,7 @@ def test_buffers_that_were_made_inside(tmp_path):
 @pytest.mark.parametrize("choice", ["linear", "all"])
 def test_wrapped_on_one_side_and_collected_on_the_other(choice, tmp_path):
     """It does not matter where a scope is made, nor where it collects."""
-    rows, model = models.rows(4), models.build(models.named("qwen2"))
+    rows, model = models.rows(4), models.build(models.named("qwen2"), layers=1)
     outside = fs.wrap(model, parameters=choice)
     with torch.inference_mode():
         inside = fs.wrap(model, parameters=choice)
@@ -92,7 +92,7 @@ def test_wrapped_on_one_side_and_collected_on_the_other(choice, tmp_path):
 
 def test_images_that_were_made_inside(tmp_path):
     """Pixels out of a pipeline that runs in inference mode are pixels."""
-    scope = fs.wrap(models.build(models.named("vit")), parameters="all")
+    scope = fs.wrap(models.build(models.named("vit"), layers=1), parameters="all")
     pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     expected = gradients(
         scope, [{"pixel_values": image, "label": 1} for image in pixels], tmp_path / "plain.fs"
@@ -114,7 +114,7 @@ def test_an_inference_tensor_in_the_objective(tmp_path):
             logits[:, :-1].mT, batch.labels[:, 1:], ignore_index=-100, reduction="none"
         ).sum(1)
 
-    model = models.build(models.named("qwen2"))
+    model = models.build(models.named("qwen2"), layers=1)
     before = held(model)
     with pytest.raises(AdapterError, match=r"made under torch\.inference_mode takes part in the loss"):
         fs.wrap(model).collect({"a": models.rows(3)}, tmp_path / "run.fs", objective=objective, quiet=True)

@@ -93,7 +93,7 @@ def test_the_sampled_fisher_approaches_the_exact_one(tmp_path: Path) -> None:
 
 def test_sampled_labels_are_a_samples_own(tmp_path: Path) -> None:
     """The same labels are drawn in any batch, others with another seed."""
-    model, rows = models.build(models.named("llama")), models.rows(6)
+    model, rows = models.build(models.named("llama"), layers=1), models.rows(6)
     fisher = fs.Fisher(labels="sampled", draws=2)
     one = collect(model, rows, tmp_path / "1.fs", fisher, batch_size=1)
     three = collect(model, rows, tmp_path / "3.fs", fisher, batch_size=3)
@@ -110,7 +110,7 @@ def test_sampled_labels_are_a_samples_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_each_token_is_its_own_unit(name: str, tmp_path: Path) -> None:
     """``E_i[1/T_i sum_t g_it ** 2]`` against a loop over tokens."""
-    model, rows = models.build(models.named(name)), models.rows(4)
+    model, rows = models.build(models.named(name), layers=1), models.rows(4)
     store = collect(model, rows, tmp_path / "run.fs", fs.ExactPerToken(), batch_size=3)
     expected = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
     for row in rows:
@@ -125,7 +125,7 @@ def test_each_token_is_its_own_unit(name: str, tmp_path: Path) -> None:
 
 def test_per_token_and_exact_per_token_agree_on_single_tokens(tmp_path: Path) -> None:
     """Samples with one label have one token gradient, so nothing can cohere."""
-    model = models.build(models.named("llama"))
+    model = models.build(models.named("llama"), layers=1)
     rows = [
         {**row, "labels": [-100] * (len(row["input_ids"]) - 1) + row["input_ids"][-1:]}
         for row in models.rows(4)
@@ -139,7 +139,7 @@ def test_per_token_and_exact_per_token_agree_on_single_tokens(tmp_path: Path) ->
 @pytest.mark.filterwarnings("ignore:task .a. has a single sample")
 def test_what_labels_need_is_said(tmp_path: Path) -> None:
     """Losses have no other labels, many classes are not enumerated, and what is missing is named."""
-    model, rows = models.build(models.named("llama")), models.rows(2)
+    model, rows = models.build(models.named("llama"), layers=1), models.rows(2)
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
         return CAUSAL_LM.losses(model, batch)

@@ -63,7 +63,9 @@ def test_a_single_token_has_a_ratio_of_one(name: str, tmp_path: Path) -> None:
         }
         for row in models.rows(5)
     ]
-    store = collect(models.build(models.named(name)), {"1": rows}, tmp_path / "run.fs", batch_size=3)
+    store = collect(
+        models.build(models.named(name), layers=1), {"1": rows}, tmp_path / "run.fs", batch_size=3
+    )
     for parameter in store.parameters:
         found, exact = store.fisher("1", parameter), store.fisher("1", parameter, labels="exact_per_token")
         assert models.relative_error(found, exact, floor=1e-12) <= 1e-5, parameter
@@ -76,7 +78,7 @@ def test_the_ratio_of_every_entry_is_at_most_the_length(name: str, tmp_path: Pat
     tokens = 7
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, models.VOCABULARY, (4, tokens + 1), generator=generator).tolist()
-    model = models.build(models.named(name))
+    model = models.build(models.named(name), layers=1)
     store = collect(model, {"7": [{"input_ids": row} for row in ids]}, tmp_path / "run.fs", batch_size=3)
     above = below = 0
     for parameter in store.parameters:
@@ -90,7 +92,7 @@ def test_the_ratio_of_every_entry_is_at_most_the_length(name: str, tmp_path: Pat
 
 def test_gradients_that_are_all_the_same_have_the_length_as_ratio(tmp_path: Path) -> None:
     """One token repeated, with rotary positions: every position sees the same, so the ratio is T."""
-    model = models.build(models.named("llama"))
+    model = models.build(models.named("llama"), layers=1)
     lengths = (1, 2, 9)
     store = collect(model, tasks_of(one_token, lengths), tmp_path / "run.fs", batch_size=4)
     for tokens in lengths:
@@ -103,7 +105,7 @@ def test_gradients_that_are_all_the_same_have_the_length_as_ratio(tmp_path: Path
 def test_the_ratio_grows_with_the_length_where_gradients_cohere(name: str, tmp_path: Path) -> None:
     """Phrases repeated: at three times the length more than twice the ratio, in every block."""
     lengths = (8, 24)
-    model = models.build(models.named(name))
+    model = models.build(models.named(name), layers=1)
     store = collect(model, tasks_of(phrases, lengths), tmp_path / "run.fs", batch_size=4)
     short, long = ratios(store, 8), ratios(store, 24)
     for block, value in short.items():
@@ -112,7 +114,7 @@ def test_the_ratio_grows_with_the_length_where_gradients_cohere(name: str, tmp_p
 
 def test_the_ratio_is_one_on_text_that_the_model_has_drawn(tmp_path: Path) -> None:
     """There token gradients have mean zero given the past, so they are uncorrelated, whatever the length."""
-    model = models.build(models.named("llama"))
+    model = models.build(models.named("llama"), layers=1)
     lengths = (4, 16)
 
     @torch.no_grad()

@@ -47,7 +47,7 @@ class Cramped:
 
 
 def collect(out: Path, rows: Any, **options: Any) -> fs.ContributionStore:
-    model = models.build(models.named("llama"))
+    model = models.build(models.named("llama"), layers=1)
     return fs.wrap(model, parameters="all").collect(
         {"a": rows, "b": rows[:3]}, out, extensions=EXACT, quiet=True, **options
     )
@@ -99,7 +99,7 @@ def test_other_runtime_errors_pass_through(tmp_path: Path) -> None:
 
 def test_a_memory_budget_makes_smaller_batches_with_the_same_results(tmp_path: Path) -> None:
     """A budget for a few samples cuts the batches; the values are those of large ones."""
-    model, rows = models.build(models.named("llama")), models.rows(12)
+    model, rows = models.build(models.named("llama"), layers=1), models.rows(12)
     scope = fs.wrap(model, parameters="all")
     wide = scope._planner.plan({"a": rows}, CollectOptions(extensions=EXACT))
     budget = wide.estimate.memory_bytes // 4 + wide.estimate.accumulator_bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,25 +40,69 @@ class PaddedBatches:
             yield batch
 
 
-@pytest.fixture(params=models.SETTINGS, ids=lambda s: s.name)
-def setting(request: pytest.FixtureRequest) -> models.Setting:
-    chosen: models.Setting = request.param
-    return chosen
+@dataclass(frozen=True)
+class Oracle:
+    """A model with its rows, and what the loop finds of each."""
+
+    name: str
+    model: torch.nn.Module
+    data: list[dict[str, list[int]]]
+    expected: list[dict[str, torch.Tensor]]
+
+    @property
+    def counts(self) -> torch.Tensor:
+        """T of each row."""
+        return torch.tensor([models.tokens(row) for row in self.data])
+
+    def collect(
+        self, out: Path, tokenizer: Any = None, *, parameters: Any = None, **options: Any
+    ) -> Collected:
+        """What a collection of batches with padding stores."""
+        named = {} if parameters is None else {"parameters": parameters}
+        scope = fs.wrap(self.model, tokenizer, **named)
+        store = scope.collect({"a": self.data}, out / "run.fs", batch_size=4, quiet=True, **options)
+        return Collected(scope, store)
 
 
-@pytest.fixture
-def model(setting: models.Setting) -> torch.nn.Module:
-    return models.build(setting)
+@dataclass(frozen=True)
+class Collected:
+    """A collection and the scope that it was made with."""
+
+    scope: fs.Scope
+    store: fs.ContributionStore
 
 
-def test_every_parameter_equals_the_loop(model: torch.nn.Module, tmp_path: Path) -> None:
+@pytest.fixture(scope="module", params=models.SETTINGS, ids=lambda s: s.name)
+def oracle(request: pytest.FixtureRequest) -> Oracle:
+    """Built once for all tests of a setting, which only look at it."""
+    model, data = models.build(request.param), models.rows(7)
+    return Oracle(request.param.name, model, data, models.loop(model, data))
+
+
+@pytest.fixture(scope="module")
+def everything(oracle: Oracle, tmp_path_factory: pytest.TempPathFactory) -> Collected:
+    """Gradients of every parameter, padded on the right."""
+    out = tmp_path_factory.mktemp("everything")
+    return oracle.collect(out, parameters="all", extensions=EXACT)
+
+
+@pytest.fixture(scope="module")
+def padded_on_the_left(oracle: Oracle, tmp_path_factory: pytest.TempPathFactory) -> Collected:
+    """Gradients of the parameters that are taken by default, padded on the left."""
+    return oracle.collect(tmp_path_factory.mktemp("left"), models.PadsOnTheLeft(), extensions=EXACT)
+
+
+@pytest.fixture(scope="module")
+def reduced(oracle: Oracle, tmp_path_factory: pytest.TempPathFactory) -> Collected:
+    """F and group values alone, for which no gradient is formed where its factors do."""
+    return oracle.collect(tmp_path_factory.mktemp("reduced"), extensions=("fisher",))
+
+
+def test_every_parameter_equals_the_loop(oracle: Oracle, everything: Collected) -> None:
     """Embeddings (tied, scaled, of positions), norms (of heads, too), experts, routers and sinks, too."""
-    data = models.rows(6)
-    scope = fs.wrap(model, parameters="all")
+    model, expected, counts = oracle.model, oracle.expected, oracle.counts
+    scope, store = everything.scope, everything.store
     assert scope.coverage()["covered"].all()
-    store = scope.collect({"a": data}, tmp_path / "run.fs", extensions=EXACT, batch_size=4, quiet=True)
-    expected = models.loop(model, data)
-    counts = torch.tensor([models.tokens(row) for row in data])
     largest = max(float(g.abs().max()) for sample in expected for g in sample.values())
     for name in scope.parameters:
         zero = torch.zeros(model.get_parameter(name).shape)
@@ -72,18 +117,17 @@ def test_every_parameter_equals_the_loop(model: torch.nn.Module, tmp_path: Path)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_gradients_and_fisher_equal_the_loop(model: torch.nn.Module, side: str, tmp_path: Path) -> None:
-    """Per-sample gradients, F and mean h of every instrumented parameter, padded on either side."""
-    data = models.rows(7)
-    scope = fs.wrap(model, models.PadsOnTheLeft() if side == "left" else None)
-    store = scope.collect({"a": data}, tmp_path / "run.fs", extensions=EXACT, batch_size=4, quiet=True)
-    expected = models.loop(model, data)
-    counts = torch.tensor([models.tokens(row) for row in data])
+def test_gradients_and_fisher_equal_the_loop(
+    oracle: Oracle, side: str, everything: Collected, padded_on_the_left: Collected
+) -> None:
+    """Per-sample gradients, F and mean h of what is taken by default, padded on either side."""
+    expected, counts = oracle.expected, oracle.counts
+    store = (padded_on_the_left if side == "left" else everything).store
     assert list(store.samples("a")["tokens"]) == counts.tolist()
-    for name in scope.parameters:
+    for name in padded_on_the_left.scope.parameters:
         g = torch.stack([sample[name] for sample in expected])
         h = g * counts.rsqrt().view(-1, *(1,) * (g.dim() - 1))
-        floor = _rounding(model, name, expected)
+        floor = _rounding(oracle.model, name, expected)
         assert models.relative_error(store.gradients("a", name), g, floor=floor) <= TOLERANCE, name
         fisher = h.square().mean(0)
         assert models.relative_error(store.fisher("a", name), fisher, floor=floor**2) <= TOLERANCE, name
@@ -105,16 +149,12 @@ def _rounding(
     return max(float(sample[weight].abs().max()) for sample in gradients)
 
 
-def test_head_slices_equal_slices_by_hand(setting: models.Setting, tmp_path: Path) -> None:
+def test_head_slices_equal_slices_by_hand(oracle: Oracle, everything: Collected) -> None:
     """Every head's Q, K, V and O slice, weight and bias, against the loop's gradients cut by hand."""
-    model = models.build(setting)
-    data = models.rows(5)
-    scope = fs.wrap(model)
-    store = scope.collect({"a": data}, tmp_path / "run.fs", extensions=EXACT, batch_size=5, quiet=True)
-    expected = models.loop(model, data)
-    layers = [0, 2] if setting.name == "qwen3_next" else [0, 1]
+    model, expected, store = oracle.model, oracle.expected, everything.store
+    layers = [0, 2] if oracle.name == "qwen3_next" else [0, 1]
     for layer in layers:
-        for block, heads in _heads_by_hand(model, setting.name, layer).items():
+        for block, heads in _heads_by_hand(model, oracle.name, layer).items():
             for head, cuts in enumerate(heads):
                 for part, (name, axis, start, stop) in cuts.items():
                     g = torch.stack([sample[name] for sample in expected])
@@ -203,12 +243,9 @@ def _heads_by_hand(
     return blocks
 
 
-def test_group_values_equal_sums_over_gradients(model: torch.nn.Module, tmp_path: Path) -> None:
+def test_group_values_equal_sums_over_gradients(oracle: Oracle, reduced: Collected) -> None:
     """sum g^2 and <g, theta> per sample and group: heads, channels, rows and whole parameters."""
-    data = models.rows(5)
-    scope = fs.wrap(model)
-    store = scope.collect({"a": data}, tmp_path / "run.fs", extensions=("fisher",), batch_size=3, quiet=True)
-    expected = models.loop(model, data)
+    model, expected, scope, store = oracle.model, oracle.expected, reduced.scope, reduced.store
     values = store.group_values("a")
     theta = {name: p.detach() for name, p in model.named_parameters()}
     groups = store.groups("a")
@@ -247,14 +284,12 @@ def test_group_values_equal_sums_over_gradients(model: torch.nn.Module, tmp_path
         assert models.relative_error(torch.tensor(values["square"].values[:, column]), square) <= TOLERANCE
 
 
-def test_losses_are_sums_of_token_losses(model: torch.nn.Module, tmp_path: Path) -> None:
+def test_losses_are_sums_of_token_losses(oracle: Oracle, reduced: Collected) -> None:
     """L_i is the sum of the sample's token losses, in nats."""
-    data = models.rows(4)
-    store = fs.wrap(model).collect({"a": data}, tmp_path / "run.fs", extensions=("fisher",), quiet=True)
-    for row, loss in zip(data, store.samples("a")["loss"], strict=True):
+    for row, loss in zip(oracle.data, reduced.store.samples("a")["loss"], strict=True):
         ids = torch.tensor([row["input_ids"]])
         with torch.no_grad():
-            logits = model(input_ids=ids).logits[0, :-1]
+            logits = oracle.model(input_ids=ids).logits[0, :-1]
         expected = torch.nn.functional.cross_entropy(
             logits, torch.tensor(row["labels"])[1:], ignore_index=-100, reduction="sum"
         )

@@ -45,7 +45,7 @@ def _summed(logits: Tensor, labels: Tensor) -> Tensor:
 )
 def test_gradients_equal_the_loop(name: str, loss: Callable[[Any, Any], Tensor], tmp_path: Path) -> None:
     """Every parameter of every stack, with a loss of one's own; and head slices cut by hand."""
-    model = models.build(models.named(name))
+    model = models.build(models.named(name), layers=1)
     data = models.rows(5)
     scope = fs.wrap(model, parameters="all")
     assert scope.coverage()["covered"].all()

@@ -32,7 +32,7 @@ sys.stdout.write(digests(Path(sys.argv[1])))
 
 def digests(folder):
     """A whole run and its report: a digest of every number, for other flags of the interpreter."""
-    scope = fs.wrap(models.build(models.named("qwen2")), parameters="all")
+    scope = fs.wrap(models.build(models.named("qwen2"), layers=1), parameters="all")
     store = scope.collect(states.tasks(), folder / "run.fs", quiet=True)
     report = fs.analyze(store, ["fisher", "conflict"])
     assert not report.failed
@@ -45,7 +45,7 @@ def digests(folder):
 
 
 def collect(out, scope=None):
-    scope = scope or fs.wrap(models.build(models.named("qwen2")), parameters="all")
+    scope = scope or fs.wrap(models.build(models.named("qwen2"), layers=1), parameters="all")
     return states.everything(scope.collect(states.tasks(), out, quiet=True))
 
 
@@ -98,7 +98,7 @@ def test_in_a_thread(plain, tmp_path):
 
 def test_two_scopes_in_two_threads(plain, tmp_path):
     """Each has a model of its own; the default dtype that both set aside comes back in the end."""
-    scopes = [fs.wrap(models.build(models.named("qwen2")), parameters="all") for _ in range(2)]
+    scopes = [fs.wrap(models.build(models.named("qwen2"), layers=1), parameters="all") for _ in range(2)]
     with states.STATES["bfloat16"]():
         found = in_threads(
             lambda: scopes[0].collect(states.tasks(), tmp_path / "0.fs", quiet=True),
@@ -124,7 +124,7 @@ def test_inside_of_an_event_loop(plain, tmp_path):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_forked_after_wrap(plain, tmp_path):
     """A child inherits a scope and collects with it; the parent's still works."""
-    scope = fs.wrap(models.build(models.named("qwen2")), parameters="all")
+    scope = fs.wrap(models.build(models.named("qwen2"), layers=1), parameters="all")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Python 3.12, where there are other threads
         child = os.fork()
@@ -160,7 +160,7 @@ def test_without_asserts(printed, tmp_path):
 @pytest.mark.filterwarnings("ignore:.*deprecated")
 def test_options_of_pandas(tmp_path):
     """Tables hold the same, and analyses find the same."""
-    store = fs.wrap(models.build(models.named("qwen2"))).collect(
+    store = fs.wrap(models.build(models.named("qwen2"), layers=1)).collect(
         states.tasks(), tmp_path / "run.fs", quiet=True
     )
     expected = states.everything(store), states.analysed(store)

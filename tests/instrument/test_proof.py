@@ -28,7 +28,7 @@ V = "model.layers.0.self_attn.v_proj"
 
 
 def llama(dtype: torch.dtype = torch.float32) -> nn.Module:
-    return models.build(models.named("llama")).to(dtype)
+    return models.build(models.named("llama"), layers=1).to(dtype)
 
 
 def collect(model: nn.Module, out: Path, **options: Any) -> fs.store.ContributionStore:
@@ -247,7 +247,7 @@ FAMILIES = (
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2-tied-mqa", "mixtral"])
 def test_clean_batches_pass(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     """Every batch of several families, all parameters, tied and replayed ones among them."""
-    model = models.build(models.named(name)).to(dtype)
+    model = models.build(models.named(name), layers=1).to(dtype)
     store = collect(model, tmp_path / "run.fs", check="every")
     (found,) = store.evidence("proof")
     assert found["batches"] == found["proved"] == 2
@@ -261,7 +261,7 @@ def test_clean_batches_pass(tmp_path: Path, name: str, dtype: torch.dtype) -> No
 @pytest.mark.parametrize("name", FAMILIES)
 def test_five_hundred_clean_batches_pass(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     """25 batches each of ten families in both dtypes: no false alarm."""
-    model = models.build(models.named(name)).to(dtype)
+    model = models.build(models.named(name), layers=1).to(dtype)
     store = fs.wrap(model, parameters="all").collect(
         {"a": models.rows(100)},
         tmp_path / "run.fs",

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,38 +16,31 @@ import torch
 import fisherscope as fs
 from fisherscope.errors import FingerprintError, Interrupted, StoreExistsError
 from tests import models
+from tests.store.faults import fork, was_killed
 
 SETTING = next(s for s in models.SETTINGS if s.name == "qwen2")
 
-CHILD = """
-import json, sys, time
-from pathlib import Path
-import fisherscope as fs
-from fisherscope.instrument import collection
-from tests import models
-out, slow = sys.argv[1], float(sys.argv[2])
-setting = next(s for s in models.SETTINGS if s.name == "qwen2")
-collection.SEGMENT_BYTES = 1
-advance = collection.Collection.run_batch
-def delayed(self, *args):
-    time.sleep(slow)
-    return advance(self, *args)
-collection.Collection.run_batch = delayed
-scope = fs.wrap(models.build(setting))
-scope.collect({"a": models.rows(24), "b": models.rows(9, seed=5)}, out, batch_size=2, quiet=True)
-"""
-
 
 def _collect(out: Path) -> fs.ContributionStore:
+    """What the child collects."""
     scope = fs.wrap(models.build(SETTING))
     return scope.collect({"a": models.rows(24), "b": models.rows(9, seed=5)}, out, batch_size=2, quiet=True)
 
 
-def _child(out: Path, slow: float) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    return subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(out), str(slow)], env=environment, stderr=subprocess.PIPE
-    )
+def _slowly(out: Path) -> None:
+    """The same, committed after every batch, which takes its time."""
+    from fisherscope.instrument import collection
+
+    run_batch = collection.Collection.run_batch
+
+    def delayed(self: collection.Collection, *args: Any) -> None:
+        time.sleep(0.05)
+        run_batch(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collection, "SEGMENT_BYTES", 1)
+        patch.setattr(collection.Collection, "run_batch", delayed)
+        _collect(out)
 
 
 def _wait_for_journal(out: Path, lines: int) -> None:
@@ -94,24 +87,20 @@ def assert_identical(one: fs.ContributionStore, other: fs.ContributionStore) -> 
             assert torch.equal(one.mean(task, name), other.mean(task, name))
 
 
-def test_killed_and_run_again_is_bit_identical(tmp_path: Path) -> None:
+def test_killed_and_run_again_is_bit_identical(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGKILL half-way, twice; the same call then ends with the store of an uninterrupted run."""
     out = tmp_path / "killed.fs"
     for lines in (2, 5):
-        child = _child(out, 0.05)
+        child = fork(partial(_slowly, out))
         try:
             _wait_for_journal(out, lines)
         finally:
-            child.kill()
-            child.communicate()
-        assert child.returncode == -signal.SIGKILL
+            os.kill(child, signal.SIGKILL)
+            _, status = os.waitpid(child, 0)
+        assert was_killed(status)
     assert not fs.open_store(out).is_complete("b")
-    whole = tmp_path / "whole.fs"
-    for path in (out, whole):
-        child = _child(path, 0)
-        _, errors = child.communicate(timeout=240)
-        assert child.returncode == 0, errors.decode()
-    assert_identical(fs.open_store(out), fs.open_store(whole))
+    monkeypatch.setattr("fisherscope.instrument.collection.SEGMENT_BYTES", 1)
+    assert_identical(_collect(out), _collect(tmp_path / "whole.fs"))
 
 
 def test_interrupt_seals_and_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,37 +265,19 @@ def test_ranks_share_the_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         scope.collect({"a": rows}, out, rank=2, world_size=2)
 
 
-CHILDREN = """
-import sys, time
-from pathlib import Path
-import fisherscope as fs
-from tests import models
-out, rank = Path(sys.argv[1]), int(sys.argv[2])
-setting = next(s for s in models.SETTINGS if s.name == "qwen2")
-scope = fs.wrap(models.build(setting))
-scope.collect({"a": models.rows(24)}, out, batch_size=2, rank=rank, world_size=2, quiet=True)
-"""
-
-
 def test_ranks_may_begin_together(tmp_path: Path) -> None:
     """Two processes create one store at the same moment, and a second process of a rank is refused."""
-    out = tmp_path / "run.fs"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    out, scope = tmp_path / "run.fs", fs.wrap(models.build(SETTING))
+    rows, options = {"a": models.rows(24)}, {"batch_size": 2, "quiet": True}
     children = [
-        subprocess.Popen(
-            [sys.executable, "-c", CHILDREN, str(out), str(rank)], env=environment, stderr=subprocess.PIPE
-        )
+        fork(lambda rank=rank: scope.collect(rows, out, rank=rank, world_size=2, **options))
         for rank in (0, 1)
     ]
     for child in children:
-        _, errors = child.communicate(timeout=240)
-        assert child.returncode == 0, errors.decode()
+        assert os.waitpid(child, 0)[1] == 0
     store = fs.open_store(out)
     assert [ledger.rank for ledger in store.ledgers] == [0, 1]
-    whole = fs.wrap(models.build(SETTING)).collect(
-        {"a": models.rows(24)}, tmp_path / "whole.fs", batch_size=2, quiet=True
-    )
-    assert_equal_by_key(whole, store, "a")
+    assert_equal_by_key(scope.collect(rows, tmp_path / "whole.fs", **options), store, "a")
 
 
 def test_a_directory_with_something_else_is_left_alone(tmp_path: Path) -> None:

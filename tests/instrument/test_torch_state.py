@@ -25,6 +25,17 @@ def plain(tmp_path_factory):
     return states.run(tmp_path_factory.mktemp("plain") / "run.fs")
 
 
+@pytest.fixture(scope="module")
+def plain_classifier(tmp_path_factory):
+    return of_classifier(tmp_path_factory.mktemp("classifier") / "run.fs", nullcontext())
+
+
+def of_classifier(out, state):
+    """Everything of a model that classifies whole texts."""
+    rows, options = {"a": states.classified()}, {"extensions": ("fisher", STORED)}
+    return states.collected(states.classifier(), rows, out, state, **options)
+
+
 def differing(found, expected):
     return [name for name in found if found[name] != expected[name]]
 
@@ -43,13 +54,10 @@ def test_our_own_tensors_have_their_dtype(state, plain, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("state", [*DTYPES, "default-device-meta", "inference-mode"])
-def test_numbers_of_a_classifier(state, tmp_path):
+def test_numbers_of_a_classifier(state, plain_classifier, tmp_path):
     """The same for a model that classifies whole texts."""
-    rows, options = {"a": states.classified()}, {"extensions": ("fisher", STORED)}
-    expected = states.collected(states.classifier(), rows, tmp_path / "plain.fs", nullcontext(), **options)
-    entered = states.STATES[state]()
-    found = states.collected(states.classifier(), rows, tmp_path / "run.fs", entered, **options)
-    assert not differing(found, expected)
+    found = of_classifier(tmp_path / "run.fs", states.STATES[state]())
+    assert not differing(found, plain_classifier)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +76,7 @@ def test_every_encoding(kept, tmp_path):
     options = {"extensions": ("fisher", fs.SampleGradients(parameters="attention", **kept))}
     found = []
     for name, state in (("plain.fs", nullcontext()), ("run.fs", states.STATES["bfloat16"]())):
-        model = models.build(models.named("qwen2"))
+        model = models.build(models.named("qwen2"), layers=1)
         found.append(states.collected(model, rows, tmp_path / name, state, **options))
     assert not differing(*found)
 

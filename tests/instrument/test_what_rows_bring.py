@@ -339,10 +339,10 @@ def test_images_of_a_wrong_size(tmp_path: Path) -> None:
 def test_token_types_for_some_rows_only(tmp_path: Path) -> None:
     """Zeros stand for those of the others: that is nothing to BERT, and something to GPT-2."""
     rows = [{"input_ids": [5, 6, 7, 8], "token_type_ids": [0, 0, 1, 1]}, {"input_ids": [5, 7, 9]}]
-    gpt2 = models.build(models.named("gpt2"))
+    gpt2 = models.build(models.named("gpt2"), layers=1)
     with pytest.raises(DataError, match=r"a_1 has no token_type_ids.*zeros are not the same as none"):
         fs.wrap(gpt2).collect({"a": rows}, tmp_path / "run.fs", quiet=True)
     labelled = [row | {"labels": row["input_ids"]} for row in rows]
-    bert = models.build(models.named("bert"))
+    bert = models.build(models.named("bert"), layers=1)
     store = fs.wrap(bert).collect({"a": labelled}, tmp_path / "bert.fs", objective="masked_lm", quiet=True)
     assert store.is_complete("a")

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fisherscope as fs
+from fisherscope.analyses import ConflictConfig, FisherConfig, ImportanceConfig
 from tests import models
 
 CPU_PRODUCTS: Any = getattr(torch.backends.mkldnn, "matmul", None)  # from torch 2.9 on
@@ -24,6 +25,13 @@ EXTENSIONS = (
     "kronecker",
     fs.Positions(),
     fs.ExactPerToken(),
+)
+
+
+QUICK = fs.AnalyzeConfig(
+    fisher=FisherConfig(bootstrap=20),
+    importance=ImportanceConfig(bootstrap=20),
+    conflict=ConflictConfig(calibration_splits=4),
 )
 
 
@@ -91,7 +99,7 @@ def tasks() -> dict[str, list[dict[str, list[int]]]]:
 
 def classifier() -> Any:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 40}
     config = transformers.BertConfig(**sizes, vocab_size=models.VOCABULARY, num_labels=3)
     return transformers.AutoModelForSequenceClassification.from_config(config).eval()
 
@@ -134,7 +142,7 @@ def everything(store: fs.ContributionStore) -> dict[str, Any]:
 
 def analysed(store: fs.ContributionStore) -> dict[str, Any]:
     """Results of all analyses, without what names the store's place."""
-    report = fs.analyze(store)
+    report = fs.analyze(store, config=QUICK)
     assert not report.failed
     return {name: result.to_json() for name, result in report.items()}
 
@@ -159,7 +167,7 @@ def collected(
 
 def run(out: Path, state: str | None = None) -> dict[str, Any]:
     """Everything of a language model under a state."""
-    model = models.build(models.named("llama-biases"))
+    model = models.build(models.named("llama-biases"), layers=1)
     entered = STATES[state] if state else nullcontext
     found = collected(model, tasks(), out, entered(), extensions=EXTENSIONS)
     if state is None or state in OF_ANALYSES:

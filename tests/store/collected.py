@@ -1,4 +1,4 @@
-"""A real collection of a tiny GPT-2: two tasks, a segment for every batch, a snapshot after each."""
+"""A real collection of a GPT-2 of one layer: two tasks, a segment for every batch, a snapshot after each."""
 
 from unittest.mock import patch
 
@@ -12,7 +12,7 @@ TASKS = {"math": models.rows(6), "code": models.rows(5, seed=5)}
 
 def wrapped():
     """The model, instrumented; its layout is checked elsewhere."""
-    return fs.wrap(models.build(SETTING), verify=False)
+    return fs.wrap(models.build(SETTING, layers=1), verify=False)
 
 
 def collect(scope, root, **options):

@@ -97,17 +97,22 @@ class FailingAt:
 
 def in_a_fork(patch_and_run: Callable[[], None]) -> int:
     """Run something in a forked child, which prints nothing; its status as from ``waitpid``."""
+    return os.waitpid(fork(patch_and_run), 0)[1]
+
+
+def fork(run: Callable[[], object]) -> int:
+    """Begin something in a forked child, which prints nothing, and return the child's id."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # the child runs no other thread's code
         child = os.fork()
     if not child:
         code = 1
         try:
-            patch_and_run()
+            run()
             code = 0
         finally:
             os._exit(code)
-    return os.waitpid(child, 0)[1]
+    return child
 
 
 def was_killed(status: int) -> bool:

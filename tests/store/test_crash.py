@@ -33,13 +33,13 @@ def whole(tasks, tmp_path_factory):
 
 @pytest.fixture
 def points(request, tasks, how, tmp_path):
-    """At which calls to interfere: all of an undisturbed run, or every 29th with the ends."""
+    """At which calls to interfere: all of an undisturbed run, or every 61st with the ends."""
     with pytest.MonkeyPatch.context() as patch:
         calls = Calls(patch)
         tasks.write(tmp_path / "undisturbed.fs", **how)
     total = len(calls.names)
     assert total > 200
-    return range(1, total + 1) if request.param == "every" else [*range(1, total, 29), total]
+    return range(1, total + 1) if request.param == "every" else [*range(1, total, 61), total]
 
 
 def check_and_finish(root, tasks, truth, whole):

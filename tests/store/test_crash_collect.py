@@ -38,7 +38,7 @@ def undisturbed(scope, tmp_path_factory):
 @pytest.fixture
 def points(request, undisturbed):
     _, total = undisturbed
-    return range(1, total + 1) if request.param == "every" else range(total // 9, total, total // 7)
+    return range(1, total + 1) if request.param == "every" else range(total // 9, total, total // 4)
 
 
 def check_and_finish(scope, root, whole):
@@ -90,7 +90,7 @@ def test_a_collection_that_fails_at_any_call_resumes_to_identical_content(
         check_and_finish(scope, root, whole)
 
 
-@pytest.mark.parametrize("step", [31, pytest.param(1, marks=SLOW.marks)])
+@pytest.mark.parametrize("step", [71, pytest.param(1, marks=SLOW.marks)])
 @pytest.mark.parametrize("how", ["SIGKILL", "ENOSPC"])
 def test_finalize_loses_nothing_wherever_it_stops(scope, undisturbed, tmp_path, how, step):
     """Shards are merged before the ones that they replace go; stopped in between, all is there once."""

@@ -8,15 +8,18 @@ from dataclasses import dataclass
 import pytest
 
 import fisherscope as fs
-from fisherscope.analyses import FisherConfig, ImportanceConfig
+from fisherscope.analyses import ConflictConfig, FisherConfig, ImportanceConfig
 from fisherscope.errors import CorruptStoreError
 from fisherscope.store import open_store, verify
 from fisherscope.store.check_shard import NO_DATASET
 from fisherscope.store.names import unescape_path
 from tests.store.collected import collect, wrapped
 
-FLIPS = 500
-QUICK = fs.AnalyzeConfig(fisher=FisherConfig(bootstrap=20), importance=ImportanceConfig(bootstrap=20))
+QUICK = fs.AnalyzeConfig(
+    fisher=FisherConfig(bootstrap=20),
+    importance=ImportanceConfig(bootstrap=20),
+    conflict=ConflictConfig(calibration_splits=4),
+)
 
 
 @dataclass(frozen=True)
@@ -105,15 +108,16 @@ def one_of_each_kind(regions, rng):
     return list({region.name.split("/")[0]: region for region in rng.sample(regions, len(regions))}.values())
 
 
-def test_every_flipped_byte_is_found_and_never_read(store, regions):
+@pytest.mark.parametrize("flips", [150, pytest.param(500, marks=pytest.mark.slow)])
+def test_every_flipped_byte_is_found_and_never_read(store, regions, flips):
     """verify() names shard, dataset and enclosing offsets; the reader raises where it is asked for them."""
     rng = random.Random(0)
-    flips = one_of_each_kind(regions, rng)
-    flips += rng.choices(regions, k=FLIPS - len(flips))
-    kinds = {region.name.split("/")[0] for region in flips}
+    chosen = one_of_each_kind(regions, rng)
+    chosen += rng.choices(regions, k=flips - len(chosen))
+    kinds = {region.name.split("/")[0] for region in chosen}
     assert kinds >= {"sample", "ids", "labels", "groups", "fisher", "mean", "moments", NO_DATASET}
     assert kinds & {"gradients", "factors", "lowrank"}
-    for region in flips:
+    for region in chosen:
         position, mask = rng.randrange(region.start, region.stop), 1 << rng.randrange(8)
         with Flipped(store.path / "shards" / region.shard, position, mask):
             (finding,) = verify(store.path).findings

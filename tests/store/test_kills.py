@@ -1,4 +1,4 @@
-"""One store, killed thirty times at random: every sample is there once and bit for bit."""
+"""One store, killed many times at random: every sample is there once and bit for bit."""
 
 import random
 from pathlib import Path
@@ -11,36 +11,47 @@ from tests.store.faults import Calls, in_a_fork, killed_at, was_killed
 from tests.store.store_cases import Run
 
 ROOT = Path(__file__).resolve().parents[2]
-KILLS = 30
-BATCHES = 60
+OFTEN = pytest.param((30, 60), marks=pytest.mark.slow, id="thirty times")
 
 
 class Long(TwoTasks):
     """Many commits, so that there is something left to do after every kill."""
 
-    def __init__(self):
+    def __init__(self, batches):
         super().__init__()
         self.runs = [
-            Run(self.header, n=BATCHES, task=task, seed=seed, batches=tuple((r,) for r in order(seed)))
+            Run(
+                self.header,
+                n=batches,
+                task=task,
+                seed=seed,
+                batches=tuple((r,) for r in order(batches, seed)),
+            )
             for seed, task in enumerate(("math", "code"))
         ]
 
 
-def order(seed):
-    return random.Random(seed).sample(range(BATCHES), BATCHES)
+def order(batches, seed):
+    return random.Random(seed).sample(range(batches), batches)
+
+
+@pytest.fixture(scope="module", params=[pytest.param((12, 24), id="twelve times"), OFTEN])
+def size(request):
+    """How often a run is killed, and how many batches each of its tasks has."""
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def tasks():
-    return Long()
+def tasks(size):
+    return Long(size[1])
 
 
 @pytest.mark.parametrize("how", [{}, {"queue": 2}], ids=["at once", "in the background"])
-def test_thirty_kills_at_random_calls_lose_and_repeat_nothing(tasks, truth, tmp_path, how):
+def test_kills_at_random_calls_lose_and_repeat_nothing(size, tasks, truth, tmp_path, how):
     """Each run goes on from the last; what a reader saw once it sees after every later kill."""
     root, rng = tmp_path / "run.fs", random.Random(0)
     seen, kills = Seen(), 0
-    while kills < KILLS:
+    while kills < size[0]:
         k = rng.randrange(5, 120)
 
         def run(k=k):
@@ -54,7 +65,7 @@ def test_thirty_kills_at_random_calls_lose_and_repeat_nothing(tasks, truth, tmp_
         now = committed(root, truth)
         assert now.holds(seen)
         seen = now
-    assert kills == KILLS, "the run was over before it was killed often enough"
+    assert kills == size[0], "the run was over before it was killed often enough"
     tasks.write(root, **how)
     assert_each_once(root, tasks, truth)
 

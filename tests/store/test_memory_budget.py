@@ -65,7 +65,7 @@ def _header(dtype):
     return StoreHeader({}, layout, names, names, dtype, encodings)
 
 
-@pytest.fixture(scope="module", params=["bfloat16", "float16"])
+@pytest.fixture(scope="module", params=["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def wide(request, tmp_path_factory):
     """A store whose parameters have 9 MiB of float32 per sample."""
     root = tmp_path_factory.mktemp("wide") / "run.fs"

@@ -60,6 +60,7 @@ class FullScorer:
         self.all_rows = {task: reader.stored(task) for task in tasks}
         limit = config.max_samples_per_task
         self.rows = {task: n if limit is None else min(n, limit) for task, n in self.all_rows.items()}
+        self._factors = {task: self._factors_of(task) for task in tasks}
         self._slice: Loaded | None = None
         self._grams: dict[tuple[str, str], Matrix] = {}
         self._solved: dict[tuple[str, str], Solved] = {}
@@ -132,10 +133,10 @@ class FullScorer:
             for rows, first in loaded(a):
                 for columns, second in loaded(b):
                     found[rows, columns] = _inner(first, second)
-            self._grams[a, b] = found.numpy() * self._factors(a)[:, None] * self._factors(b)
+            self._grams[a, b] = found.numpy() * self._factors[a][:, None] * self._factors[b]
         return self._grams[a, b]
 
-    def _factors(self, task: str) -> Matrix:
+    def _factors_of(self, task: str) -> Matrix:
         """What makes h_i of g_i, in float64 ``[n]``."""
         tokens = self.reader.store.samples(task)["tokens"].to_numpy()
         return factors(tokens, self.reader.store.header.normalization)[: self.all_rows[task]]
