@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fisherscope.words import counted
+
 Matrix = NDArray[np.float64]
 
 # Samples with cosines above 1 - this are copies of each other, up to rounding.
@@ -67,7 +69,9 @@ def unit_grams(
                 f"{name} has shape {gram.shape}, but cross has shape {across.shape}: it must be ({n}, {n})"
             )
         if n < least:
-            raise ValueError(f"{name} has {n} samples; the test needs at least {least} of each task")
+            raise ValueError(
+                f"{name} has {counted(n, 'sample')}; the test needs at least {least} of each task"
+            )
         within.append(_cosines(name, gram))
     (left, length_a), (right, length_b) = within
     across = across / length_a[:, None] / length_b

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from fisherscope.words import counted
+
 FILTER = ["sample", "task", "against", "reason", "degree", "mean_cosine"]
 REWEIGHT = ["task", "sample", "weight"]
 CURRICULUM = ["task", "sample", "order", "loss", "gradient_norm", "difficulty", "level", "degree"]
@@ -158,7 +160,7 @@ def _filter(table: pd.DataFrame, ends: pd.DataFrame) -> pd.DataFrame:
     called = sorted((key for key in harmful if known[key]["opposes"]), key=lambda k: known[k]["opposed_by"])
     dropped = {key: f"opposes {known[key]['opposes']} as a whole" for key in called}
     for key, left in _cover(ends, {key: own[key] for key in harmful}, set(dropped)):
-        dropped[key] = f"conflicts with {left} samples that would stay"
+        dropped[key] = f"conflicts with {counted(left, 'sample')} that would stay"
     rows = [
         {
             "sample": key[1],
