@@ -98,6 +98,7 @@ def estimate(
         durability=durability.value,
         deterministic=deterministic,
         seed=seed,
+        quiet=quiet,
     )
     show_estimate(found)
 
