@@ -14,6 +14,7 @@ from fisherscope.adapters.build import Stack, build_layout, build_modules
 from fisherscope.adapters.derived import derived_maps
 from fisherscope.adapters.detect import detect
 from fisherscope.adapters.probe import verify_layout
+from fisherscope.adapters.repeats import shared_modules
 from fisherscope.adapters.tuned_heads import with_adapters
 from fisherscope.errors import AdapterError
 from fisherscope.layout import ModelLayout
@@ -83,6 +84,8 @@ def resolve(
     from its structure, and believed where the probe confirms them. Where it does not, a warning says so, and
     the layout has the modules and their rows.
 
+    Modules that run several times in a forward pass are found by running one.
+
     What LoRA adds to a projection is cut into the heads or channels that were verified there.
 
     Args:
@@ -96,6 +99,13 @@ def resolve(
         AdapterError: an adapter describes another model than this one, the probe found that its layout is
             wrong, or ``strict`` and heads were not found or could not be confirmed.
     """
+    layout = _described(model, adapter, verify=verify, strict=strict)
+    return replace(layout, shared=shared_modules(model))
+
+
+def _described(
+    model: nn.Module, adapter: Adapter | str | None, *, verify: Verify, strict: bool
+) -> ModelLayout:
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "model_type"):
         raise AdapterError(
@@ -125,7 +135,7 @@ def resolve(
         )
         if strict:
             raise AdapterError(message)
-        warnings.warn(message, stacklevel=3)
+        warnings.warn(message, stacklevel=4)
     return with_adapters(model, layout)
 
 
@@ -168,7 +178,7 @@ def _without_computed(
     warnings.warn(
         f"{what}. Gradients of those parameters are exact and there by module; heads are there where plain "
         f"matrices confirm them. For all heads {way_on}",
-        stacklevel=4,
+        stacklevel=5,
     )
     return layout if layout.attention else replace(layout, source="modules")
 
@@ -210,5 +220,5 @@ def _detected(model: nn.Module, model_type: str, *, every_layer: bool, strict: b
     )
     if strict:
         raise AdapterError(message)
-    warnings.warn(message, stacklevel=4)
+    warnings.warn(message, stacklevel=5)
     return layout if layout.attention else replace(layout, source="modules")

@@ -13,6 +13,11 @@ from fisherscope.analyses.outcome import Failed, Outcome, SkipAnalysis, Skipped
 from fisherscope.analyses.result import Result
 from fisherscope.errors import FisherscopeError, UsageError
 from fisherscope.store import ContributionStore
+from fisherscope.words import counted
+
+
+def _to_nobody(text: str) -> None:
+    """Progress that nobody wants to see."""
 
 
 class Context:
@@ -23,6 +28,7 @@ class Context:
         tasks: the tasks to analyse, in order.
         empty: chosen tasks of which no sample is in the store yet; they are left out.
         memory_budget: bytes of stored data to hold at a time.
+        tell: says how far an analysis is, such as ``pair 2 of 6``, where progress is shown.
     """
 
     def __init__(
@@ -30,6 +36,7 @@ class Context:
         store: ContributionStore,
         settings: AnalyzeConfig,
         outcome: Callable[[str], Outcome] | None = None,
+        tell: Callable[[str], None] = _to_nobody,
     ) -> None:
         """Make the context of a run; ``outcome`` runs another analysis, once.
 
@@ -45,6 +52,7 @@ class Context:
         self.tasks: tuple[str, ...] = tuple(task for task in chosen if task not in self.empty)
         self.memory_budget = settings.memory_budget
         self._outcome = outcome
+        self.tell = tell
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
@@ -96,10 +104,12 @@ def task_warnings(store: ContributionStore, context: Context) -> list[str]:
                 "sample's own square"
             )
         if not store.is_complete(task):
-            notes.append(f"task {task!r} is not completely collected ({rows} of {store.n(task)} samples)")
+            notes.append(
+                f"task {task!r} is not completely collected ({rows} of {counted(store.n(task), 'sample')})"
+            )
         if (covered := store.fisher_count(task)) != rows:
             notes.append(
                 f"aggregates of task {task!r} (F of single parameters, means) are those of {covered} of its "
-                f"{rows} samples: resume the run to complete them"
+                f"{counted(rows, 'sample')}: resume the run to complete them"
             )
     return notes

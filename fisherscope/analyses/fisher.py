@@ -22,6 +22,7 @@ from fisherscope.analyses.units import Units, head_maps, slice_name
 from fisherscope.linalg import Moments
 from fisherscope.linalg.normalization import NORMALIZATIONS
 from fisherscope.store import ContributionStore
+from fisherscope.words import counted
 
 Array = NDArray[np.float64]
 
@@ -50,15 +51,15 @@ def ema_weights(n: int, decay: float, first: int = 0, count: int | None = None) 
 
 
 def t_interval(mean: Array, variance: Array, n: int, confidence: float) -> tuple[Array, Array]:
-    """Student's interval of the mean of n values; NaN for fewer than two.
+    """Student's interval of the mean of n values that are not negative; NaN for fewer than two.
 
     Returns:
-        Lower and upper ends, in the shape of ``mean``.
+        Lower and upper ends, in the shape of ``mean``. F cannot be negative, so a low end below 0 is 0.
     """
     if n < 2:
         return np.full_like(mean, np.nan), np.full_like(mean, np.nan)
     half = stats.t.ppf((1 + confidence) / 2, n - 1) * np.sqrt(variance / n)
-    return mean - half, mean + half
+    return np.maximum(mean - half, 0), mean + half
 
 
 @dataclass
@@ -111,7 +112,8 @@ class FisherResult(Result):
 
     ``frame`` columns: task, n, the columns of :class:`Units`; ``sum`` and ``mean`` of F over the entries
     of the group; ``variance`` and ``standard_error`` of the per-sample group mean; ``ci_low``,
-    ``ci_high`` (t) and ``bootstrap_low``, ``bootstrap_high``; ``largest_share``, ``largest_sample``;
+    ``ci_high`` (t; the low end is not below 0, as F is not) and ``bootstrap_low``, ``bootstrap_high``;
+    ``largest_share``, ``largest_sample``;
     ``ema``; ``fisher_none``, ``fisher_per_token``, ``fisher_mean`` (F under each normalization);
     ``signal``, ``noise``. ``data`` holds the weight head slices with axes (task, layer, block, head).
     """
@@ -134,7 +136,7 @@ class FisherResult(Result):
 def _sentence(task: Any, rows: pd.DataFrame) -> str:
     model = rows[rows["kind"] == "model"].iloc[0]
     heads = rows[(rows["kind"] == "head") & (rows["part"] == "weight")]
-    text = f"{task}: F is {model['mean']:.3g} per parameter on average over {model['n']} samples"
+    text = f"{task}: F is {model['mean']:.3g} per parameter on average over {counted(model['n'], 'sample')}"
     if model["n"] > 1:
         text += f" ({model['ci_low']:.3g} to {model['ci_high']:.3g})"
     text += f"; {model['largest_sample']} alone carries {model['largest_share']:.1%} of it."

@@ -19,6 +19,7 @@ from fisherscope.analyses.registry import register
 from fisherscope.analyses.result import Result
 from fisherscope.analyses.units import Units, head_maps, slice_name
 from fisherscope.store import ContributionStore
+from fisherscope.words import several
 
 Array = NDArray[np.float64]
 
@@ -109,17 +110,22 @@ class ImportanceResult(Result):
             line = (
                 f"{task}: {slice_name(best, head='index')} carries {best['global_share']:.1%} of the Fisher "
             )
-            line += f"score of all {len(rows)} head slices"
+            line += f"score of {_all_slices(len(rows))}"
             if np.isfinite(best["p_top"]):
                 k = self.config["top_k"]
                 sure = int(((rows["rank"] <= k) & (rows["p_top"] >= 0.95)).sum())
-                line += f"; {sure} of the top {min(k, len(rows))} stay there in 95 % of resamples"
+                stay = several(sure, "stays", "stay")
+                line += f"; {sure} of the top {min(k, len(rows))} {stay} there in 95 % of resamples"
             lines.append(line + ".")
         for row in self.extra["tasks"].to_dict("records"):
             if row["kind"] == "head" and np.isfinite(row["spearman"]):
                 names = f"{row['task_a']} and {row['task_b']}"
                 lines.append(f"Head rankings of {names} correlate with {row['spearman']:.2f} (Spearman).")
         return "\n".join(lines) or "No heads or channels to rank."
+
+
+def _all_slices(number: int) -> str:
+    return "the one head slice" if number == 1 else f"all {number:,} head slices"
 
 
 @register("importance", requires=("groups",), config=ImportanceConfig)

@@ -16,11 +16,14 @@ from fisherscope.analyses.quantities import missing
 from fisherscope.analyses.registry import register
 from fisherscope.analyses.result import Result
 from fisherscope.analyses.selection import keep_count, keep_top
+from fisherscope.analyses.units import layer_name
 from fisherscope.analyses.unstructured import UnstructuredMasks, unstructured_masks
 from fisherscope.errors import NotStoredError
 from fisherscope.store import ContributionStore
+from fisherscope.words import counted, level, several
 
 WORDS = {"head": "head slices", "channel": "channels", "unstructured": "single weights"}
+_NOUNS = {kind: (words.removesuffix("s"), words) for kind, words in WORDS.items()}
 _PLACE = ["stack", "layer", "block", "index", "parameter", "size"]
 _COLUMNS = ["task", "kind", "sparsity", "level", "stack", "layer", "units", "kept", "achieved"]
 
@@ -98,18 +101,21 @@ class MasksResult(Result):
     def summary(self) -> str:
         lines = []
         for (task, kind), rows in self.frame.groupby(["task", "kind"], sort=False):
-            level = rows["sparsity"].max()
-            rows = rows[rows["sparsity"] == level]  # noqa: PLW2901
+            sparsity = rows["sparsity"].max()
+            rows = rows[rows["sparsity"] == sparsity]  # noqa: PLW2901
             whole, layers = rows[rows["level"] == "all"].iloc[0], rows[rows["level"] == "layer"]
             layers = layers.sort_values("achieved", kind="stable")
             least, most = layers.iloc[0], layers.iloc[-1]
-            what = WORDS[str(kind)]
-            line = f"{task}: at {level:.0%} sparsity {whole['kept']} of {whole['units']} {what} stay"
-            if f"{most['achieved']:.0%}" == f"{least['achieved']:.0%}":
+            what = counted(int(whole["units"]), *_NOUNS[str(kind)])
+            stay = several(int(whole["units"]), "stays", "stay")
+            line = f"{task}: at {level(sparsity)} sparsity {whole['kept']:,} of {what} {stay}"
+            if len(layers) == 1:
+                lines.append(f"{line}.")
+            elif f"{most['achieved']:.0%}" == f"{least['achieved']:.0%}":
                 lines.append(f"{line}, the same share in every layer.")
             else:
-                line += f"; layer {most['layer']} loses most ({most['achieved']:.0%})"
-                lines.append(f"{line}, layer {least['layer']} least ({least['achieved']:.0%}).")
+                line += f"; most is removed in {layer_name(most)} ({most['achieved']:.0%})"
+                lines.append(f"{line}, least in {layer_name(least)} ({least['achieved']:.0%}).")
         return "\n".join(lines) or "Nothing to mask."
 
 

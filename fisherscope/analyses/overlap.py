@@ -17,8 +17,9 @@ from fisherscope.analyses.importance import shares
 from fisherscope.analyses.masks import WORDS, MasksResult
 from fisherscope.analyses.registry import register
 from fisherscope.analyses.result import Result
-from fisherscope.analyses.units import slice_name
+from fisherscope.analyses.units import layer_label, slice_name
 from fisherscope.store import ContributionStore
+from fisherscope.words import level
 
 # What an overlap beyond chance means, by the band of the Jaccard index.
 _ADVICE = {
@@ -65,7 +66,7 @@ class OverlapResult(Result):
             name = (
                 slice_name(row, head="index")
                 if row["kind"] == "head"
-                else f"L{row['layer']} channel {row['index']}"
+                else f"{layer_label(row)} channel {row['index']}"
             )
             lines.append(
                 f"Both {row['task_a']} and {row['task_b']} lean on {name} "
@@ -146,7 +147,7 @@ def advise(row: dict[Any, Any], config: OverlapConfig) -> str:
     """One line of advice from the band of the Jaccard index and from its excess over chance."""
     jaccard, chance, excess = row["jaccard"], row["chance"], row["excess"]
     what = WORDS[row["kind"]]
-    start = f"{row['task_a']} and {row['task_b']}, {what} at {row['sparsity']:.0%} sparsity: "
+    start = f"{row['task_a']} and {row['task_b']}, {what} at {level(row['sparsity'])} sparsity: "
     if not np.isfinite(jaccard):
         return start + "no mask keeps anything, so there is nothing to compare."
     more = excess > 0 and row["p_value"] < config.alpha

@@ -15,6 +15,7 @@ from fisherscope.analyses.result import Result
 from fisherscope.errors import Interrupted, NotStoredError, UsageError
 from fisherscope.plugins import Plugins
 from fisherscope.store import ContributionStore
+from fisherscope.telling import Steps, steps
 from fisherscope.torch_state import in_standard_state
 
 logger = logging.getLogger(__name__)
@@ -133,6 +134,7 @@ def run(
     config: AnalyzeConfig | None = None,
     *,
     registry: Registry = REGISTRY,
+    quiet: bool = True,
 ) -> dict[str, Outcome]:
     """Run analyses on a store; one that fails does not stop the others.
 
@@ -141,6 +143,7 @@ def run(
         names: which, in this order; None runs all that are registered.
         config: options; defaults where None.
         registry: where to look them up.
+        quiet: no progress on stderr.
 
     Returns:
         For each name its :class:`Result`, or :class:`Skipped` with what to collect, or :class:`Failed`
@@ -152,17 +155,21 @@ def run(
     if isinstance(names, str):
         names = [names]
     chosen = [registry.get(name) for name in (registry.names() if names is None else names)]
-    runner = _Runner(store, config or AnalyzeConfig(), registry)
-    return {analysis.name: runner.outcome(analysis.name) for analysis in chosen}
+    with steps("analyze", len(chosen), quiet=quiet) as told:
+        runner = _Runner(store, config or AnalyzeConfig(), registry, told)
+        return {analysis.name: runner.outcome(analysis.name) for analysis in chosen}
 
 
 class _Runner:
     """Runs each analysis at most once, in whatever order they ask for each other."""
 
-    def __init__(self, store: ContributionStore, settings: AnalyzeConfig, registry: Registry) -> None:
+    def __init__(
+        self, store: ContributionStore, settings: AnalyzeConfig, registry: Registry, told: Steps
+    ) -> None:
         self.store = store
         self.registry = registry
-        self.context = Context(store, settings, self.outcome)
+        self.told = told
+        self.context = Context(store, settings, self.outcome, told.detail)
         self.outcomes: dict[str, Outcome] = {}
         self.running: set[str] = set()
 
@@ -172,7 +179,9 @@ class _Runner:
         if name not in self.outcomes:
             self.running.add(name)
             try:
-                self.outcomes[name] = self._run(self.registry.get(name))
+                analysis = self.registry.get(name)
+                with self.told.step(name):
+                    self.outcomes[name] = self._run(analysis)
             finally:
                 self.running.discard(name)
         return self.outcomes[name]

@@ -13,6 +13,8 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from fisherscope.words import counted
+
 SCHEMA_VERSION = 1
 """Version of the JSON form of results; it grows when a key changes its meaning."""
 
@@ -82,7 +84,7 @@ class Result(ABC):
         }
 
     def __repr__(self) -> str:
-        return f"<{self.name}: {len(self.frame)} rows; {self.summary().splitlines()[0]}>"
+        return f"<{self.name}: {counted(len(self.frame), 'row')}; {self.summary().splitlines()[0]}>"
 
     def _repr_html_(self) -> str:
         lines = "".join(f"<p>{html.escape(line)}</p>" for line in self.summary().splitlines())

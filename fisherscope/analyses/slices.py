@@ -103,12 +103,13 @@ def stored_blocks(store: ContributionStore, part: Part = "weight") -> list[Block
     return blocks
 
 
-def find_block(store: ContributionStore, layer: int, block: str, part: Part, stack: str) -> Block:
-    """The block of that name.
+def find_block(store: ContributionStore, layer: int, block: str, part: Part, stack: str | None) -> Block:
+    """The block of that name; where ``stack`` is None, of the only stack, or of the decoder of several.
 
     Raises:
         KeyError: no such layer or block, or its gradients are not stored.
     """
+    stack = store.layout.stack_or_only(stack)
     for found in stored_blocks(store, part):
         if (found.attention.layer, found.name, found.attention.stack) == (layer, block, stack):
             return found

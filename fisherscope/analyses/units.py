@@ -115,7 +115,20 @@ def head_maps(frame: pd.DataFrame, columns: list[str], keys: dict[str, Sequence[
     return data.squeeze("stack") if shape[axes.index("stack")] == 1 else data
 
 
+def layer_label(row: Any) -> str:
+    """Short name of a layer: ``L2`` (``encoder L2`` outside the decoder)."""
+    stack = "" if row["stack"] in {"", "decoder"} else f"{row['stack']} "
+    return f"{stack}L{row['layer']}"
+
+
 def slice_name(row: Any, *, head: str = "head") -> str:
     """Short name of a head slice: ``L2 O head 5`` (``encoder L2 ...`` outside the decoder)."""
+    return f"{layer_label(row)} {row['block']} head {row[head]}"
+
+
+def layer_name(row: Any) -> str:
+    """A layer in a sentence: ``layer 2``, ``encoder layer 2``, or ``the parameters outside the layers``."""
+    if row["layer"] < 0:
+        return "the parameters outside the layers"
     stack = "" if row["stack"] in {"", "decoder"} else f"{row['stack']} "
-    return f"{stack}L{row['layer']} {row['block']} head {row[head]}"
+    return f"{stack}layer {row['layer']}"

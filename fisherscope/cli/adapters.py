@@ -11,6 +11,7 @@ import typer
 from fisherscope.cli import options as opt
 from fisherscope.cli.console import note, table
 from fisherscope.cli.guard import guarded
+from fisherscope.words import counted
 
 if TYPE_CHECKING:
     from fisherscope.layout import ModelLayout
@@ -134,6 +135,9 @@ def _show_layout(layout: ModelLayout) -> None:
         ("other linear maps", len(layout.rows), "rows", sum(len(r.weight) for r in layout.rows)),
     ]
     table("beside attention", ["what", "number", "units", "in all"], [row for row in found if row[1]])
+    if layout.shared:
+        rows = [(module.module, module.runs) for module in layout.shared]
+        table("shared by several layers", ["module", "runs in a forward pass"], rows)
 
 
 def _ranges(numbers: list[int]) -> str:
@@ -157,4 +161,4 @@ def _verdict(layout: ModelLayout) -> str:
     if not heads:
         return "no heads: modules and rows only"
     how = "described by a registered adapter" if layout.source == "registered" else "found from the structure"
-    return f"confirmed: every head ({heads}) of {len(layout.attention)} attention layers, {how}"
+    return f"confirmed: every head ({heads}) of {counted(len(layout.attention), 'attention layer')}, {how}"

@@ -10,7 +10,7 @@ import typer
 
 from fisherscope.cli import options as opt
 from fisherscope.cli.guard import guarded
-from fisherscope.cli.results import analyze_and_save
+from fisherscope.cli.results import analyze_and_save, check_report
 
 if TYPE_CHECKING:
     from fisherscope.analyses import AnalyzeConfig
@@ -20,7 +20,13 @@ if TYPE_CHECKING:
 def analyze(
     store: Annotated[Path, typer.Argument(metavar="STORE", help="Directory of a store, such as run.fs.")],
     out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="DIR", help="Receives report.html, results.json, tables/.")
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="DIR|PAGE",
+            help="Receives report.html, results.json, tables/; or a page.html alone.",
+        ),
     ] = Path("report"),
     only: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Run this analysis only; repeat for several.")
@@ -28,6 +34,7 @@ def analyze(
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="JSON with options, as in results.json.")
     ] = None,
+    quiet: opt.Quiet = False,
     debug: opt.Debug = False,
 ) -> None:
     """Turn a store into a report. No model is needed.
@@ -40,7 +47,8 @@ def analyze(
     """
     del debug
     _check_names(only or [])
-    analyze_and_save(store, out, only, None if config is None else read_config(config))
+    check_report(out, "--out")
+    analyze_and_save(store, out, only, None if config is None else read_config(config), quiet=quiet)
 
 
 def _check_names(names: list[str]) -> None:

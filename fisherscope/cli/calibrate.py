@@ -10,7 +10,7 @@ import typer
 
 from fisherscope.cli import options as opt
 from fisherscope.cli.analyze import read_config
-from fisherscope.cli.console import note, table
+from fisherscope.cli.console import table
 from fisherscope.cli.guard import FAILED, guarded
 
 
@@ -40,12 +40,7 @@ def calibrate(
 
     settings = None if config is None else read_config(config)
     try:
-        found = run(
-            store,
-            settings,
-            splits=splits,
-            progress=None if quiet else lambda task: note(f"calibrating {task}"),
-        )
+        found = run(store, settings, splits=splits, quiet=quiet)
     except ValueError as error:  # about the options
         raise typer.BadParameter(str(error)) from error
     if json:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fisherscope.cli import options as opt
 from fisherscope.cli.guard import guarded
 from fisherscope.cli.request import make_extensions, open_scope
-from fisherscope.cli.results import analyze_and_save, show_store
+from fisherscope.cli.results import analyze_and_save, check_report, show_store
 from fisherscope.cli.tasks import check_ranks, parse_batch_size, parse_tasks
 
 
@@ -66,6 +66,8 @@ def collect(
     files = parse_tasks(task)
     size = parse_batch_size(batch_size)
     check_ranks(rank, world_size, resume=resume)
+    if report is not None:
+        check_report(report, "--report")
     extensions = make_extensions(
         fisher=fisher,
         labels=labels,
@@ -114,4 +116,4 @@ def collect(
     )
     show_store(store)
     if report is not None:
-        analyze_and_save(store, report)
+        analyze_and_save(store, report, quiet=quiet)

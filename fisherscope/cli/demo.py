@@ -11,7 +11,7 @@ from fisherscope.cli import options as opt
 from fisherscope.cli.console import note
 from fisherscope.cli.guard import guarded
 from fisherscope.cli.loading import load_model, load_tokenizer
-from fisherscope.cli.results import analyze_and_save, show_store
+from fisherscope.cli.results import analyze_and_save, check_report, show_store
 
 
 @guarded
@@ -35,6 +35,7 @@ def demo(
     from fisherscope.instrument.data import read_jsonl
     from fisherscope.instrument.scope import wrap
 
+    check_report(out / "report", "--out")
     if not quiet:
         note(f"collecting the demo model into {out / 'run.fs'}")
     path = str(model_path())
@@ -45,6 +46,4 @@ def demo(
     out.mkdir(parents=True, exist_ok=True)
     store = scope.collect(tasks, out / "run.fs", quiet=quiet)
     show_store(store)
-    if not quiet:
-        note("analyzing")
-    analyze_and_save(store, out / "report")
+    analyze_and_save(store, out / "report", quiet=quiet)

@@ -96,5 +96,6 @@ def estimate(
         durability=durability.value,
         deterministic=deterministic,
         seed=seed,
+        quiet=quiet,
     )
     show_estimate(found)

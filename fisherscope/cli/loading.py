@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fisherscope.errors import FisherscopeError
+from fisherscope.words import counted, several
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -73,7 +74,9 @@ def load_model(
             raise _explained(source, error) from error
     if missing := sorted(info["missing_keys"]):
         warnings.warn(
-            f"{source} has no weights for {len(missing)} parameters ({missing[0]}, ...): they are random",
+            f"{source} has no weights for {counted(len(missing), 'parameter')} "
+            f"({missing[0]}{several(len(missing), '', ', ...')}): "
+            f"{several(len(missing), 'it is', 'they are')} random",
             stacklevel=2,
         )
     return model.to(target).eval()

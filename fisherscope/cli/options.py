@@ -291,7 +291,7 @@ Out = Annotated[
 ]
 Report = Annotated[
     Path | None,
-    typer.Option(metavar="DIR", help="Also analyze, and write the report there.", rich_help_panel=_RUN),
+    typer.Option(metavar="DIR|PAGE", help="Also analyze, and write the report there.", rich_help_panel=_RUN),
 ]
 Resume = Annotated[bool, typer.Option(help="Go on with a store of the same run.", rich_help_panel=_RUN)]
 EstimateOut = Annotated[

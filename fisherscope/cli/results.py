@@ -10,6 +10,7 @@ import typer
 
 from fisherscope.cli.console import complain, table
 from fisherscope.cli.guard import FAILED
+from fisherscope.words import counted, several
 
 if TYPE_CHECKING:
     from fisherscope.analyses import AnalyzeConfig, Outcome
@@ -29,8 +30,8 @@ def show_store(store: ContributionStore) -> None:
         if cut:
             complain(
                 "warning",
-                f"task {task!r}: {cut} of {len(samples)} samples were cut at --max-length; {lost} tokens "
-                "are gone",
+                f"task {task!r}: {cut} of {counted(len(samples), 'sample')} {several(cut, 'was', 'were')} "
+                f"cut at --max-length; {counted(lost, 'token')} {several(lost, 'is', 'are')} gone",
                 color="yellow",
             )
     table(str(store.path), ["task", "samples", "loss-bearing tokens", "nats per token", "cut"], rows)
@@ -52,7 +53,8 @@ def show_description(facts: dict[str, Any]) -> None:
             for name, t in tasks.items()
         ],
     )
-    layout, gradients = facts["layout"], facts["gradient_parameters"]
+    layout = facts["layout"]
+    weights = counted(layout["entries"], "weight")
     heads = f"heads {_list(layout['heads'])}, key/value heads {_list(layout['kv_heads'])}"
     table(
         "what is stored",
@@ -60,12 +62,15 @@ def show_description(facts: dict[str, Any]) -> None:
         [
             (
                 "model",
-                f"{facts['model_type']}, {layout['entries']:,} weights in {layout['parameters']} parameters",
+                f"{facts['model_type']}, {weights} in {counted(layout['parameters'], 'parameter')}",
             ),
-            ("attention", f"{layout['attention_layers']} layers, {heads}"),
-            ("instrumented", f"{len(facts['parameters'])} parameters, {facts['groups']} groups"),
+            ("attention", f"{counted(layout['attention_layers'], 'layer')}, {heads}"),
+            (
+                "instrumented",
+                f"{counted(len(facts['parameters']), 'parameter')}, {counted(facts['groups'], 'group')}",
+            ),
             ("F", f"{facts['fisher_shape']}, normalization {facts['normalization']}"),
-            ("gradients", f"of {len(gradients)} parameters: {_encodings(facts)}" if gradients else "none"),
+            ("gradients", facts["gradients"]),
             *(
                 (f"error in {task}", f"median {error['median']:.2g}, worst {error['worst']:.2g} (low rank)")
                 for task, error in facts["encoding_errors"].items()
@@ -96,13 +101,6 @@ def _probe(probe: dict[str, Any] | None) -> list[tuple[str, str]]:
     return [("known by", words)]
 
 
-def _encodings(facts: dict[str, Any]) -> str:
-    """Such as "4 factored (float32), 4 dense (bfloat16)"."""
-    dtypes = {"dense": facts["gradient_dtype"]}
-    kinds = facts["encodings"].items()
-    return ", ".join(f"{number} {kind} ({dtypes.get(kind, facts['factor_dtype'])})" for kind, number in kinds)
-
-
 def _list(values: list[int]) -> str:
     return ", ".join(map(str, values)) or "none"
 
@@ -116,13 +114,31 @@ def show_report(report: Report) -> None:
         complain("warning", f"{name}: {text}", color="yellow")
 
 
+def check_report(out: Path, option: str) -> None:
+    """Refuse a place for a report before anything is done that takes long.
+
+    Raises:
+        typer.BadParameter: it is a file that is no page, or a directory of other things.
+    """
+    from fisherscope.report import check_target
+
+    try:
+        check_target(out, only_reports=True)
+    except OSError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from error
+
+
 def analyze_and_save(
     store: ContributionStore | Path,
     out: Path,
     analyses: Sequence[str] | None = None,
     config: AnalyzeConfig | None = None,
+    *,
+    quiet: bool = False,
 ) -> None:
     """Analyze a store, show what came of it, and write the report; its page is the last line printed.
+
+    ``out`` was looked at before: see :func:`check_report`.
 
     Raises:
         typer.BadParameter: no such analysis or task.
@@ -131,14 +147,14 @@ def analyze_and_save(
     from fisherscope.report import analyze
 
     try:
-        report = analyze(store, analyses, config)
+        report = analyze(store, analyses, config, quiet=quiet)
     except ValueError as error:  # what analyses raise is kept in the report: this is about the options
         raise typer.BadParameter(str(error)) from error
-    report.save(out)
+    saved = report.save(out)
     show_report(report)
     if failed := list(report.failed):
         complain("error", f"failed: {', '.join(failed)}; the report shows each error in its section")
-    typer.echo(str(out / "report.html"))
+    typer.echo(str(saved / "report.html" if saved.is_dir() else saved))
     if failed:
         raise typer.Exit(FAILED)
 

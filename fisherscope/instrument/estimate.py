@@ -13,6 +13,7 @@ from fisherscope.layout import ModelLayout
 from fisherscope.store.encodings import Encodings
 from fisherscope.store.position_plan import side_of
 from fisherscope.store.size import Lengths, bytes_per_sample, gradient_bytes, snapshot_bytes
+from fisherscope.words import counted
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Estimate:
 
     def __str__(self) -> str:
         return (
-            f"{self.samples} samples x {show_bytes(self.bytes_per_sample)} "
+            f"{counted(self.samples, 'sample')} x {show_bytes(self.bytes_per_sample)} "
             f"(gradients {show_bytes(self.gradient_bytes_per_sample)}) + aggregates "
             f"{show_bytes(self.aggregate_bytes)} = {show_bytes(self.disk_bytes)} on disk, "
             f"{show_bytes(self.accumulator_bytes)} of accumulators"

@@ -10,6 +10,7 @@ import torch
 
 from fisherscope.errors import CorruptStoreError, FisherscopeError
 from fisherscope.store import StoreHeader
+from fisherscope.words import counted
 
 _POSITIONS = {"cpu": 4096}
 _POSITIONS_ACCELERATOR = 16384
@@ -38,8 +39,8 @@ class BatchLimits:
 
     def __str__(self) -> str:
         if self.positions is None:
-            return f"batches of {self.rows} samples"
-        return f"batches of up to {self.positions} padded positions and {self.rows} samples"
+            return f"batches of {counted(self.rows, 'sample')}"
+        return f"batches of up to {self.positions} padded positions and {counted(self.rows, 'sample')}"
 
 
 def most_efficient(device: torch.device) -> BatchLimits:

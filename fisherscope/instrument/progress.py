@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+from fisherscope.telling import is_terminal, say
+from fisherscope.words import counted
+
 _SECONDS_BETWEEN_LINES = 10.0
-
-
-def say(text: str) -> None:
-    """Write to stderr; where there is none, or it takes nothing any more, say nothing: a run goes on."""
-    # None under pythonw; closed, a broken pipe, or an encoding without such characters
-    with contextlib.suppress(AttributeError, OSError, ValueError):
-        sys.stderr.write(text)
-
-
-def _is_terminal() -> bool:
-    try:
-        return sys.stderr.isatty()
-    except (AttributeError, ValueError):
-        return False
 
 
 class Progress(Protocol):
@@ -40,7 +27,7 @@ def progress(total: int, *, quiet: bool) -> Iterator[Progress]:
     if quiet:
         yield _Silent()
         return
-    if _is_terminal():
+    if is_terminal():
         try:
             import rich.progress  # noqa: F401 - only to see whether it is there
         except ImportError:
@@ -82,7 +69,7 @@ class _Lines:
         rate = self._done / max(time.monotonic() - self._begun, 1e-9)
         left = (self._total - self._done) / max(rate, 1e-9)
         say(
-            f"collect {task}: {self._done}/{self._total} samples, {rate:.1f} samples/s, "
+            f"collect {task}: {self._done}/{counted(self._total, 'sample')}, {rate:.1f} samples/s, "
             f"{self._written / 2**20:.1f} MiB, {left:.0f} s left\n"
         )
 

@@ -41,7 +41,7 @@ from fisherscope.instrument.on_demand import (
 from fisherscope.instrument.options import BatchSize, CollectOptions, ComputeDtype, Durability
 from fisherscope.instrument.planning import Planner, RunPlan
 from fisherscope.instrument.prepared import prepared
-from fisherscope.instrument.progress import progress, say
+from fisherscope.instrument.progress import progress
 from fisherscope.instrument.signals import stop_on_signals
 from fisherscope.instrument.squares import Sinks, measure
 from fisherscope.instrument.targets import ParameterChoice, select_targets
@@ -53,6 +53,8 @@ from fisherscope.layout import GroupTable, ModelLayout, Partition
 from fisherscope.linalg import Dense
 from fisherscope.store import ContributionStore, StoreWriter, as_store, open_store
 from fisherscope.store.lifecycle import store_path
+from fisherscope.telling import say, steps
+from fisherscope.words import counted
 
 if TYPE_CHECKING:
     from fisherscope.adapters.registry import Adapter, Verify
@@ -126,18 +128,23 @@ class Scope:
     def __repr__(self) -> str:
         heads = {(a.n_heads, a.n_kv_heads) for a in self.layout.attention}
         return (
-            f"Scope({type(self.model).__name__}, {len(self.layout.attention)} attention layers, "
+            f"Scope({type(self.model).__name__}, {counted(len(self.layout.attention), 'attention layer')}, "
             f"{self.layout.source}, "
-            f"heads (query, kv) {sorted(heads)}, {len(self.parameters)} parameters instrumented)"
+            f"heads (query, kv) {sorted(heads)}, {counted(len(self.parameters), 'parameter')} instrumented)"
         )
 
     def coverage(self) -> pd.DataFrame:
         """What is instrumented and why the rest is not.
 
         Returns:
-            One row per parameter: parameter, shape, size, kind, layer, module, selected, covered, reason.
+            One row per parameter: parameter, shape, size, kind, layer (-1 outside the layers), module, runs
+            (of the module in a forward pass, as far as was seen: of a shared layer several), selected,
+            covered, reason.
         """
-        return self._targets.coverage.copy()
+        coverage = self._targets.coverage.copy()
+        runs = [self.layout.runs(name) for name in coverage["parameter"]]
+        coverage.insert(list(coverage.columns).index("module") + 1, "runs", runs)
+        return coverage
 
     @at_work
     def estimate(
@@ -159,20 +166,25 @@ class Scope:
                 longest sample.
             directory: on the disk that the store will be on; by default where temporary files go. What the
                 trial writes there is removed.
-            **options: other options of :meth:`collect`.
+            **options: other options of :meth:`collect`; ``quiet`` says nothing of what is done.
 
         Returns:
             An :class:`~fisherscope.instrument.estimate.Estimate`; print it.
         """
         begun = time.perf_counter()
         asked = CollectOptions(extensions=extensions, **options)
-        plan = self._planner.plan(tasks, asked, sizes_only=not measure)
-        if not measure:
-            return plan.estimate
-        header, constants = self._planner.header(plan), self._constants(plan)
-        prepared_in = time.perf_counter() - begun
-        where = None if directory is None else directory_at_hand(directory)
-        trial = try_run(plan, header, constants, where)
+        with steps("estimate:", 3 if measure else 1, quiet=asked.quiet, announce=True) as told:
+            with told.step("reading the tasks and planning batches"):
+                plan = self._planner.plan(tasks, asked, sizes_only=not measure)
+            if not measure:
+                return plan.estimate
+            with told.step("hashing the weights of the model"):
+                header, constants = self._planner.header(plan), self._constants(plan)
+            prepared_in = time.perf_counter() - begun
+            where = None if directory is None else directory_at_hand(directory)
+            batches = sum(len(task.batches) for task in plan.tasks)
+            with told.step(f"running some of {counted(batches, 'batch', 'batches')}, the largest among them"):
+                trial = try_run(plan, header, constants, where)
         memory = plan.estimate.memory_bytes if trial.memory_bytes is None else trial.memory_bytes
         return replace(plan.estimate, seconds=prepared_in + trial.seconds, memory_bytes=memory)
 

@@ -6,6 +6,7 @@ from fisherscope.layout.mlp import ExpertsLayout, MlpLayout, RowsLayout
 from fisherscope.layout.model import ModelLayout, ParameterInfo
 from fisherscope.layout.partition import Partition
 from fisherscope.layout.query_heads import per_query_head
+from fisherscope.layout.shared import SharedModule
 from fisherscope.layout.slices import Cut, ParameterSlice
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "ParameterSlice",
     "Partition",
     "RowsLayout",
+    "SharedModule",
     "per_query_head",
 ]

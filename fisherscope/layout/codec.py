@@ -8,11 +8,12 @@ from fisherscope.layout.attention import AttentionLayout, HeadBlock
 from fisherscope.layout.mlp import ExpertsLayout, MlpLayout, RowsLayout
 from fisherscope.layout.model import ModelLayout, ParameterInfo
 from fisherscope.layout.partition import Partition
+from fisherscope.layout.shared import SharedModule
 
 
 def encode(layout: ModelLayout) -> dict[str, Any]:
     """Plain lists, dicts, strings and ints."""
-    return {
+    found = {
         "model_type": layout.model_type,
         "source": layout.source,
         "parameters": [
@@ -52,6 +53,9 @@ def encode(layout: ModelLayout) -> dict[str, Any]:
             for r in layout.rows
         ],
     }
+    if layout.shared:  # few models have any, and stores of earlier versions do not know of them
+        found["shared"] = [{"module": s.module, "runs": s.runs} for s in layout.shared]
+    return found
 
 
 def decode(data: dict[str, Any]) -> ModelLayout:
@@ -84,6 +88,7 @@ def decode(data: dict[str, Any]) -> ModelLayout:
                 for r in data.get("rows", ())
             ),
             source=data.get("source", "registered"),
+            shared=tuple(SharedModule(s["module"], s["runs"]) for s in data.get("shared", ())),
         )
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError(f"not a model layout: {error!r}") from error

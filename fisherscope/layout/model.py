@@ -8,8 +8,10 @@ from functools import cached_property
 from typing import Any, Literal
 
 from fisherscope.layout.attention import AttentionLayout, Flag, HeadBlock, Part
+from fisherscope.layout.describing import in_lines, in_one_line
 from fisherscope.layout.mlp import ExpertsLayout, MlpLayout, RowsLayout
 from fisherscope.layout.partition import Partition
+from fisherscope.layout.shared import SharedModule
 from fisherscope.layout.slices import ParameterSlice
 
 ParameterKind = Literal["attention", "mlp", "experts", "router", "norm", "embedding", "output", "other"]
@@ -31,7 +33,7 @@ class ParameterInfo:
     stack: str = "decoder"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ModelLayout:
     """Index data for one model: every parameter, every head slice, every MLP channel.
 
@@ -44,6 +46,9 @@ class ModelLayout:
         rows: one entry per linear map of the layers whose heads or channels are not described.
         source: who described the layers: a "registered" adapter, or "detected" from the model's structure;
             "modules" where heads could not be found, so that modules and rows are all there is.
+        shared: modules that run several times in a forward pass, as seen on a small input.
+
+    ``print(layout)`` shows a summary in a few lines, ``repr`` in one; :meth:`to_json` has everything.
 
     Raises:
         ValueError: two attention layers have the same number in the same stack.
@@ -56,6 +61,7 @@ class ModelLayout:
     experts: tuple[ExpertsLayout, ...] = ()
     rows: tuple[RowsLayout, ...] = ()
     source: Source = "registered"
+    shared: tuple[SharedModule, ...] = ()
 
     def __post_init__(self) -> None:
         places: dict[tuple[str, int], str] = {}
@@ -67,6 +73,12 @@ class ModelLayout:
                     f"{attention.stack!r}: give one of their stacks another name"
                 )
             places[place] = attention.module
+
+    def __repr__(self) -> str:
+        return f"<ModelLayout of {in_one_line(self)}>"
+
+    def __str__(self) -> str:
+        return in_lines(self)
 
     @cached_property
     def _by_name(self) -> dict[str, ParameterInfo]:
@@ -83,22 +95,43 @@ class ModelLayout:
         except KeyError:
             raise KeyError(f"the model has no parameter {name!r}") from None
 
-    def attention_layer(self, layer: int, stack: str = "decoder") -> AttentionLayout:
+    def stack_or_only(self, stack: str | None) -> str:
+        """The stack that is meant: where None, the only one with attention, or the decoder of several."""
+        stacks = {attention.stack for attention in self.attention}
+        if stack is None:
+            return next(iter(stacks)) if len(stacks) == 1 else "decoder"
+        return stack
+
+    def runs(self, name: str) -> int:
+        """How often a module, or the module of a parameter, runs in a forward pass, as far as was seen."""
+        return max((found.runs for found in self.shared if found.holds(name)), default=1)
+
+    def attention_layer(self, layer: int, stack: str | None = None) -> AttentionLayout:
         """The attention layer of that number.
+
+        Args:
+            layer: number of the layer in its stack.
+            stack: "decoder", "encoder" or "cross"; the only stack where None, and the decoder of several.
 
         Raises:
             KeyError: no such attention layer.
         """
+        stack = self.stack_or_only(stack)
         for attention in self.attention:
             if attention.layer == layer and attention.stack == stack:
                 return attention
         known = [a.layer for a in self.attention if a.stack == stack]
+        if not known and self.attention:
+            stacks = list(dict.fromkeys(a.stack for a in self.attention))
+            raise KeyError(f"no attention of the {stack}: pass a stack= that there is, {stacks}")
         raise KeyError(f"no attention in layer {layer} of the {stack}: layers with attention are {known}")
 
     def slice(
-        self, layer: int, block: str, head: int, *, part: Part = "weight", stack: str = "decoder"
+        self, layer: int, block: str, head: int, *, part: Part = "weight", stack: str | None = None
     ) -> ParameterSlice:
         """The slice of one head: a query head for Q and O, a kv head for K and V.
+
+        The stack is as in :meth:`attention_layer`.
 
         Raises:
             KeyError: no such layer, block, or bias.
@@ -110,7 +143,7 @@ class ModelLayout:
         return partition[head]
 
     def query_head_slice(
-        self, layer: int, block: str, query_head: int, *, part: Part = "weight", stack: str = "decoder"
+        self, layer: int, block: str, query_head: int, *, part: Part = "weight", stack: str | None = None
     ) -> ParameterSlice:
         """The slice that a query head uses: its own, or in K and V that of its kv head.
 

@@ -29,7 +29,7 @@ def per_query_head(layout: ModelLayout, frame: pd.DataFrame) -> pd.DataFrame:
     head = "head" if "head" in frame else "index"
     users: list[list[int]] = []
     for stack, layer, block, number in rows[["stack", "layer", "block", head]].itertuples(index=False):
-        attention = layout.attention_layer(int(layer), str(stack) or "decoder")
+        attention = layout.attention_layer(int(layer), str(stack) or None)
         grouped = role_of(block) in KEY_VALUE_BLOCKS
         mine = attention.query_heads(int(number)) if grouped else range(number, number + 1)
         users.append(list(mine))

@@ -9,10 +9,11 @@ from typing import Any
 import pandas as pd
 
 from fisherscope.analyses.masks import WORDS
-from fisherscope.analyses.units import role_of, slice_name
+from fisherscope.analyses.units import layer_label, role_of, slice_name
 from fisherscope.report.figures.parts import BLOCKS
 from fisherscope.report.markup import Html, grid
 from fisherscope.report.numbers import p_value, percent, short, signed
+from fisherscope.words import level
 
 _PLACE = ("stack", "layer", "block", "head", "index")
 WHERE = "where"
@@ -29,12 +30,13 @@ def _word(value: Any) -> str:
     return str(value)
 
 
-def _level(value: Any) -> str:
-    return f"{float(value):.0%}"
+def _layer(value: Any) -> str:
+    return str(value) if value >= 0 else "outside the layers"
 
 
 _COLUMNS = {
     WHERE: _Column("slice", _word, numeric=False),
+    "layer": _Column("layer", _layer),
     "mean": _Column("mean"),
     "ci_low": _Column("from"),
     "ci_high": _Column("to"),
@@ -43,7 +45,7 @@ _COLUMNS = {
     "global_share": _Column("share of F", percent),
     "layer_share": _Column("share in layer", percent),
     "p_top": _Column("P(top)"),
-    "sparsity": _Column("sparsity", _level),
+    "sparsity": _Column("sparsity", level),
     "achieved": _Column("removed", percent),
     "share_a": _Column("share in first", percent),
     "share_b": _Column("share in second", percent),
@@ -136,5 +138,7 @@ def _placed(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _other_place(row: dict[Any, Any], number: str) -> str:
-    parts = [f"L{row['layer']}" if row["layer"] >= 0 else "model", str(row["block"])]
+    if row["layer"] < 0:
+        return str(row.get("parameter") or "outside the layers")
+    parts = [layer_label(row), str(row["block"])]
     return " ".join([*filter(None, parts), *([str(row[number])] if row[number] >= 0 else [])])

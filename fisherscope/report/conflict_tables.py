@@ -12,6 +12,7 @@ from fisherscope.report.cells import WHERE, Tables, table
 from fisherscope.report.markup import Html, join, sample_text, tag
 from fisherscope.report.numbers import p_value, signed
 from fisherscope.report.tokens import marked_text
+from fisherscope.words import counted
 
 _ADVICE = {
     "filter": "Samples to drop",
@@ -46,7 +47,7 @@ def _pairs(pairs: pd.DataFrame, a: str, b: str, positions: pd.DataFrame, rows: i
     """The pairs that were found first, else the most opposed ones."""
     best = pairs.sort_values("found", ascending=False, kind="stable").head(rows)
     number = int(pairs["found"].sum())
-    title = f"{number:,} pairs of samples in conflict" if number > 1 else "a pair of samples in conflict"
+    title = f"{counted(number, 'pair')} of samples in conflict"
     title = title if number else "the most opposed pairs of samples, none of them found to conflict"
     cells = {f"sample of {task}": _texts(best, side, positions) for side, task in (("a", a), ("b", b))}
     records = best.to_dict("records")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,10 @@ class Facts:
         coverage: one row per kind of parameter: kind, parameters, instrumented, weights,
             weights_instrumented, weights_with_gradients.
         left_out: names of the parameters that are not instrumented.
-        normalization, fisher_shape, gradient_dtype: how F and gradients were collected.
+        shared: modules that run several times in a forward pass, and how often.
+        normalization, fisher_shape: how F was collected.
+        gradients: how sample gradients are stored, in words; "none".
+        encodings: number of parameters by how their gradients are stored: dense, factored, lowrank.
         fingerprint: short digest of the run's identity.
         proofs: what the comparisons of batches with ordinary backward passes came to, by task.
         options, provenance: as the store has them.
@@ -48,9 +52,11 @@ class Facts:
     has_text: bool
     coverage: pd.DataFrame
     left_out: tuple[str, ...]
+    shared: tuple[tuple[str, int], ...]
     normalization: str
     fisher_shape: str
-    gradient_dtype: str | None
+    gradients: str
+    encodings: dict[str, int]
     fingerprint: str
     proofs: dict[str, dict[str, Any]]
     options: dict[str, Any]
@@ -77,7 +83,8 @@ class Facts:
                 "proofs": self.proofs,
                 "normalization": self.normalization,
                 "fisher_shape": self.fisher_shape,
-                "gradient_dtype": self.gradient_dtype,
+                "gradients": self.gradients,
+                "gradient_encodings": self.encodings,
                 "options": self.options,
             },
             "model": {
@@ -92,6 +99,7 @@ class Facts:
                 "share_instrumented": self.share_instrumented,
                 "kinds": self.coverage.to_dict("records"),
                 "left_out": self.left_out,
+                "shared": [{"module": module, "runs": runs} for module, runs in self.shared],
             },
             "provenance": self.provenance,
         }
@@ -119,14 +127,27 @@ def facts_of(store: ContributionStore, tasks: tuple[str, ...] | None = None) -> 
         has_text=has_text,
         coverage=_coverage(store),
         left_out=tuple(p.name for p in layout.parameters if p.name not in set(store.parameters)),
+        shared=tuple((found.module, found.runs) for found in layout.shared),
         normalization=header.normalization,
         fisher_shape=header.fisher_shape,
-        gradient_dtype=header.gradient_dtype if header.gradient_parameters else None,
+        gradients=header.gradients_in_words,
+        encodings=dict(Counter(map(store.encoding, header.gradient_parameters))),
         fingerprint=hashlib.sha256(identity.encode()).hexdigest()[:12],
         proofs={task: found for task, found in store.proofs().items() if task in set(table["task"])},
-        options=dict(header.options),
-        provenance=dict(header.provenance),
+        options=shallow(dict(header.options)),
+        provenance=shallow(dict(header.provenance)),
     )
+
+
+def shallow(value: Any, levels: int = 40) -> Any:
+    """Plain data without what lies deeper than so many levels: a stranger's may be a thousand deep."""
+    if isinstance(value, dict | list | tuple) and not levels:
+        return "\N{HORIZONTAL ELLIPSIS}"
+    if isinstance(value, dict):
+        return {str(key): shallow(item, levels - 1) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [shallow(item, levels - 1) for item in value]
+    return value
 
 
 def _model_name(provenance: dict[str, Any], model_type: str) -> str:

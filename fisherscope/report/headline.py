@@ -15,6 +15,7 @@ from fisherscope.analyses.units import slice_name
 from fisherscope.report.markup import Html, esc, join, sample_text, tag
 from fisherscope.report.numbers import percent, short, signed
 from fisherscope.report.verdicts import badge
+from fisherscope.words import counted, level
 
 _MOST = 6
 
@@ -80,7 +81,7 @@ def _shared(result: OverlapResult) -> Html:
         text = f"Jaccard {row['jaccard']:.2f}, by chance {row['chance']:.2f}"
         lines.append((f"{row['task_a']} and {row['task_b']}", join([found, tag("small", text)])))
     return _listed(
-        lines, f"Largest shares among the top {1 - sparsity:.0%} of both, and overlap of these masks."
+        lines, f"Largest shares among the top {level(1 - sparsity)} of both, and overlap of these masks."
     )
 
 
@@ -108,12 +109,14 @@ def _opposed(result: ConflictResult) -> Html:
 def _how_much(verdict: dict[Any, Any]) -> str:
     """What was found, by number; where nothing was, the reason."""
     words = {
-        "pairs": "{:,} pairs of samples",
-        "heads": "{:,} pairs on a head",
-        "samples": "{:,} samples against the other task",
-        "blocks": "the tasks as a whole on {:,} head slices",
+        "pairs": ("pair", "{} of samples"),
+        "heads": ("pair", "{} on a head"),
+        "samples": ("sample", "{} against the other task"),
+        "blocks": ("head slice", "the tasks as a whole on {}"),
     }
-    counts = [text.format(verdict[key]) for key, text in words.items() if verdict[key]]
+    counts = [
+        text.format(counted(int(verdict[key]), noun)) for key, (noun, text) in words.items() if verdict[key]
+    ]
     return f"{', '.join(counts)}." if counts else str(verdict["reason"])
 
 

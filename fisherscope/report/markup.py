@@ -5,6 +5,8 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Sequence
 
+from fisherscope.words import counted
+
 CLIP = 100
 """Characters of a text that show before it is opened."""
 
@@ -69,7 +71,8 @@ def sample_text(text: object) -> Html:
         return tag("pre", text, class_="sample")
     rest = text[:LONGEST]
     if len(text) > LONGEST:
-        rest += f"\n[... {len(text) - LONGEST:,} more characters: the CSV table has them]"
+        more = len(text) - LONGEST
+        rest += f"\n[... {counted(more, 'more character')} in the CSV tables of a report]"
     return tag(
         "details",
         tag(

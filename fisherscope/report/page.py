@@ -8,7 +8,6 @@ from string import Template
 from typing import TYPE_CHECKING
 
 from fisherscope.report.markup import Html, esc, join, tag
-from fisherscope.report.numbers import short
 from fisherscope.report.plots import Plots
 from fisherscope.report.sections import (
     Section,
@@ -17,6 +16,7 @@ from fisherscope.report.sections import (
     run_section,
     summary_section,
 )
+from fisherscope.words import counted
 
 if TYPE_CHECKING:
     from fisherscope.report.facts import Facts
@@ -57,7 +57,7 @@ def render(report: Report, tables: Mapping[str, Mapping[str, str]]) -> str:
 
 def _header(facts: Facts) -> Html:
     tasks = [
-        tag("li", tag("b", row["task"]), f" {short(row['samples'])} samples")
+        tag("li", tag("b", row["task"]), f" {counted(row['samples'], 'sample')}")
         for row in facts.tasks.to_dict("records")
     ]
     return join([

@@ -42,7 +42,7 @@ class Plots:
             The element that it is drawn into, or a note where the budget is spent.
         """
         text = embedded_json(figure.plot)
-        cost = len(text.encode())
+        cost = len(text.encode(errors="backslashreplace"))
         if cost > self.left:
             return tag(
                 "p",

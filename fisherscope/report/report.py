@@ -23,6 +23,7 @@ from fisherscope.analyses import (
 )
 from fisherscope.report.facts import Facts, facts_of
 from fisherscope.report.saving import save
+from fisherscope.telling import steps
 from fisherscope.torch_state import in_standard_state
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,8 @@ def analyze(
     store_or_path: ContributionStore | str | Path,
     analyses: Iterable[str] | None = None,
     config: AnalyzeConfig | None = None,
+    *,
+    quiet: bool = False,
 ) -> Report:
     """Run analyses on a store, without the model.
 
@@ -43,6 +46,7 @@ def analyze(
         store_or_path: an open store, or its directory.
         analyses: names in the order they run; None runs all that are registered.
         config: options of all analyses; the defaults where None.
+        quiet: no progress.
 
     Returns:
         A :class:`Report`: ``report["interference"].top(10)``, ``report.save("report/")``.
@@ -54,8 +58,9 @@ def analyze(
     """
     store = as_store(store_or_path)
     chosen = config or AnalyzeConfig()
-    outcomes = {name: _usable(name, outcome) for name, outcome in run(store, analyses, chosen).items()}
-    return Report(outcomes, facts_of(store, chosen.tasks), chosen)
+    outcomes = run(store, analyses, chosen, quiet=quiet)
+    usable = {name: _usable(name, outcome) for name, outcome in outcomes.items()}
+    return Report(usable, facts_of(store, chosen.tasks), chosen, quiet=quiet)
 
 
 def _usable(name: str, outcome: Outcome) -> Outcome:
@@ -80,10 +85,14 @@ class Report(Mapping[str, Result]):
         outcomes: name -> what came of each analysis: its result, or ``Skipped``, or ``Failed``.
         facts: what the report says about the run behind the store.
         config: the options of the analyses.
+        quiet: whether saving shows no progress.
     """
 
-    def __init__(self, outcomes: Mapping[str, Outcome], facts: Facts, config: AnalyzeConfig) -> None:
+    def __init__(
+        self, outcomes: Mapping[str, Outcome], facts: Facts, config: AnalyzeConfig, *, quiet: bool = True
+    ) -> None:
         """Use :func:`analyze`."""
+        self.quiet = quiet
         self.outcomes: dict[str, Outcome] = dict(outcomes)
         self.facts = facts
         self.config = config
@@ -130,22 +139,34 @@ class Report(Mapping[str, Result]):
         return "\n\n".join(f"{name}\n{_words(outcome)}" for name, outcome in self.outcomes.items())
 
     @in_standard_state
-    def save(self, directory: str | Path) -> Path:
+    def save(self, path: str | Path, *, quiet: bool | None = None) -> Path:
         """Write ``report.html``, ``results.json`` and ``tables/``: CSV, and what else a result has.
 
-        Each file appears whole or not at all. Saving again replaces the files of an earlier report.
+        All files are written before the first one takes its place, so that an error leaves an earlier report
+        as it was. Saving again replaces the files of an earlier report, and touches no others.
+
+        In the CSV files an apostrophe stands before texts that a spreadsheet would take for formulas;
+        :func:`fisherscope.report.read_table` reads them without.
 
         Args:
-            directory: made where it does not exist.
+            path: a directory, made where it does not exist; or a file whose name ends with ``.html``, which
+                receives the page alone.
+            quiet: no progress; as it was for :func:`analyze` where None.
 
         Returns:
-            The directory.
+            The path.
 
         Raises:
-            NotADirectoryError: the path is a file.
+            NotADirectoryError: the path is a file, and no page.
+            IsADirectoryError: it ends with ``.html`` and is a directory.
             OSError: a file cannot be written.
         """
-        return save(self, Path(directory))
+        target = Path(path)
+        with (
+            steps("report", quiet=self.quiet if quiet is None else quiet) as told,
+            told.step(f"into {target}"),
+        ):
+            return save(self, target, told.detail)
 
     def __repr__(self) -> str:
         states = ", ".join(f"{name}: {_state(outcome)}" for name, outcome in self.outcomes.items())

@@ -15,6 +15,7 @@ from fisherscope.report.numbers import percent, short, size
 from fisherscope.report.plots import Plots
 from fisherscope.report.tables import tables_of
 from fisherscope.report.verdicts import verdicts
+from fisherscope.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -75,19 +76,19 @@ def summary_section(outcomes: Mapping[str, Outcome]) -> Section:
 def run_section(facts: Facts) -> Section:
     """Where the numbers come from."""
     made = facts.provenance
-    heads = _list(facts.heads) + " heads"
+    heads = _heads(facts.heads, "head")
     if facts.grouped_query:
-        heads += f", {_list(facts.kv_heads)} kv heads"
-    gradients, name = facts.gradient_dtype, made.get("model_class") or facts.model_type
+        heads += f", {_heads(facts.kv_heads, 'kv head')}"
+    name = made.get("model_class") or facts.model_type
     packages = [f"{k} {made[k]}" for k in ("fisherscope", "torch", "transformers", "python") if k in made]
     rows: list[tuple[str, object]] = [
         ("model", facts.model),
-        ("architecture", f"{name}: {facts.layers} attention layers, {heads}"),
+        ("architecture", f"{name}: {counted(facts.layers, 'attention layer')}, {heads}"),
         ("parameters", short(int(facts.coverage["weights"].sum()))),
         ("dtype and device", f"{made.get('model_dtype', 'unknown')} on {made.get('device', 'unknown')}"),
         ("store", tag("code", facts.store_path.name)),
         ("size of the store", size(facts.store_bytes)),
-        ("gradients stored", f"signed, {gradients}" if gradients else "none"),
+        ("gradients stored", facts.gradients),
         ("Fisher information", f"{facts.fisher_shape}, normalization {facts.normalization}"),
         ("fingerprint of the run", tag("code", facts.fingerprint)),
         ("versions", ", ".join(packages)),
@@ -128,8 +129,8 @@ def coverage_section(facts: Facts) -> Section:
     words = tag(
         "p",
         tag("b", percent(facts.share_instrumented)),
-        f" of the model's {total:,} weights are instrumented ({done:,}); sample gradients are stored of "
-        f"{int(cover['weights_with_gradients'].sum()):,}.",
+        f" of the model's {counted(total, 'weight')} are instrumented ({done:,}); sample gradients are "
+        f"stored of {int(cover['weights_with_gradients'].sum()):,}.",
     )
     table = grid(
         ["kind", "parameters", "instrumented", "weights", "instrumented", "share", "with sample gradients"],
@@ -152,10 +153,27 @@ def coverage_section(facts: Facts) -> Section:
     if facts.left_out:
         rest = tag(
             "details",
-            tag("summary", f"{len(facts.left_out):,} parameters that are not covered"),
+            tag("summary", f"{counted(len(facts.left_out), 'parameter')} not covered"),
             tag("pre", "\n".join(facts.left_out), class_="list"),
         )
-    return Section("coverage", "Coverage", join([words, table, rest]))
+    return Section("coverage", "Coverage", join([words, *_shared(facts), table, rest]))
+
+
+def _shared(facts: Facts) -> list[Html]:
+    """What serves several layers, and what that does to its gradients."""
+    if not facts.shared:
+        return []
+    some = [tag("li", tag("code", module), f" runs {runs:,} times") for module, runs in facts.shared]
+    note = tag(
+        "p",
+        "Modules that run several times in a forward pass. A sample's gradient of their weights is the sum "
+        "over these runs, so each is shown once.",
+    )
+    listed = tag("ul", *some[:_LINES])
+    if len(some) > _LINES:
+        more = tag("summary", counted(len(some) - _LINES, "more module"))
+        listed = join([listed, tag("details", more, tag("ul", *some[_LINES:]))])
+    return [note, listed]
 
 
 def analysis_section(name: str, outcome: Outcome, files: Mapping[str, str], plots: Plots) -> Section:
@@ -174,7 +192,7 @@ def analysis_section(name: str, outcome: Outcome, files: Mapping[str, str], plot
     tables = tables_of(outcome)
     folded = Html("")
     if tables.folded:
-        what = f"{len(tables.folded)} tables" if len(tables.folded) > 1 else "A table"
+        what = counted(len(tables.folded), "table")
         folded = tag("details", tag("summary", what), *tables.folded, class_="fold")
     csv = join((tag("code", f"tables/{file}") for file in files.values()), ", ")
     source = tag("p", "All rows: ", csv, ".", class_="note") if files else Html("")
@@ -190,7 +208,7 @@ def _words(result: Result) -> Html:
     lines = [tag("li", line) for line in result.summary().splitlines()]
     rest = Html("")
     if len(lines) > _LINES + 2:
-        title = tag("summary", f"{len(lines) - _LINES} more sentences")
+        title = tag("summary", f"{counted(len(lines) - _LINES, 'more sentence')}")
         rest = tag("details", title, tag("ul", *lines[_LINES:]))
         lines = lines[:_LINES]
     return tag("div", tag("ul", *lines), rest, class_="words")
@@ -228,5 +246,6 @@ def _reason(outcome: Outcome) -> str:
     return outcome.error if isinstance(outcome, Failed) else getattr(outcome, "reason", "")
 
 
-def _list(numbers: tuple[int, ...]) -> str:
-    return " or ".join(map(str, numbers)) or "no"
+def _heads(numbers: tuple[int, ...], noun: str) -> str:
+    """``1 head``, ``8 or 16 heads``, ``no heads``."""
+    return f"{' or '.join(map(str, numbers)) or 'no'} {noun}{'' if numbers == (1,) else 's'}"

@@ -17,6 +17,7 @@ from fisherscope.analyses.overlap import OverlapResult
 from fisherscope.report.cells import WHERE, Tables, table
 from fisherscope.report.conflict_tables import conflict_tables
 from fisherscope.report.markup import Html, join, sample_text, tag
+from fisherscope.words import level
 
 
 def tables_of(result: Result, rows: int = 10) -> Tables:
@@ -24,7 +25,7 @@ def tables_of(result: Result, rows: int = 10) -> Tables:
     for kind, make in _TABLES.items():
         if isinstance(result, kind):
             return make(result, rows)
-    return Tables([table(result.top(rows), f"The {rows} rows that matter most")])
+    return Tables([table(result.top(rows), "The rows that matter most")])
 
 
 def _samples(frame: pd.DataFrame, letter: str) -> list[Html]:
@@ -38,11 +39,14 @@ def _samples(frame: pd.DataFrame, letter: str) -> list[Html]:
 
 def _fisher(result: FisherResult, rows: int) -> Tables:
     columns = [WHERE, "mean", "ci_low", "ci_high", "largest_share", "largest_sample", "size"]
-    level = f"{result.config['confidence']:.0%} interval"
+    interval = f"{level(result.config['confidence'])} interval"
     tasks = result.frame["task"].unique()
     return Tables(
         [],
-        [table(result.top(rows, task=t), f"{t}: highest F per weight, with {level}", columns) for t in tasks],
+        [
+            table(result.top(rows, task=t), f"{t}: highest F per weight, with {interval}", columns)
+            for t in tasks
+        ],
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -10,6 +11,7 @@ from fisherscope.errors import UsageError
 from fisherscope.layout import ModelLayout
 from fisherscope.store.dtypes import gradient_dtype
 from fisherscope.store.position_plan import side_of
+from fisherscope.words import counted
 
 Encoding = Literal["dense", "factored", "lowrank"]
 
@@ -56,6 +58,20 @@ class Encodings:
     def output_axis(self, parameter: str) -> int:
         """The axis of a factored parameter that runs over output features."""
         return 1 if parameter in self.transposed else 0
+
+    def in_words(self, dense_dtype: str, gradient_parameters: Collection[str]) -> str:
+        """How gradients are stored: ``96 parameters as float32 factors, 24 in bfloat16``; ``none``."""
+        how = {
+            "factored": f"as {self.dtype} factors",
+            "lowrank": f"as {self.dtype} factors of rank {self.rank}",
+            "dense": f"in {dense_dtype}",
+        }
+        number = Counter(map(self.encoding, gradient_parameters))
+        first, *others = [kind for kind in how if number[kind]] or [""]
+        if not first:
+            return "none"
+        words = [f"{counted(number[first], 'parameter')} {how[first]}"]
+        return ", ".join([*words, *(f"{number[kind]:,} {how[kind]}" for kind in others)])
 
     def features(self, dense_dtype: str, gradient_parameters: Collection[str]) -> list[str]:
         """What a reader must know, sorted."""

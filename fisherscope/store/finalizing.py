@@ -35,6 +35,7 @@ from fisherscope.store.shard import ShardFile
 from fisherscope.store.skeleton import DatasetSpec
 from fisherscope.store.units import LOST, is_exponents
 from fisherscope.torch_state import in_standard_state
+from fisherscope.words import counted
 
 SHARD_BYTES = 256 << 20
 _PIECE = 16 << 20
@@ -55,7 +56,7 @@ class Finalized:
 
     def __str__(self) -> str:
         (before, after), (large, small) = self.shards, self.nbytes
-        return f"{before} shards of {large:,} bytes became {after} of {small:,} bytes"
+        return f"{counted(before, 'shard')} of {large:,} bytes became {after:,} of {small:,} bytes"
 
 
 @in_standard_state

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from fisherscope.errors import CorruptStoreError
 from fisherscope.store.ledger import Ledger, latest
 from fisherscope.store.records import SegmentRecord, SnapshotRecord, TaskRecord
+from fisherscope.words import counted
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,8 @@ class TaskIndex:
         chosen = chosen.astype(np.int64).reshape(-1)
         if len(chosen) and not (-len(self) <= chosen.min() and chosen.max() < len(self)):
             raise IndexError(
-                f"task {self.task.name!r} has {len(self)} samples, asked for {chosen.min()}..{chosen.max()}"
+                f"task {self.task.name!r} has {counted(len(self), 'sample')}, "
+                f"asked for {chosen.min()}..{chosen.max()}"
             )
         return np.where(chosen < 0, chosen + len(self), chosen)
 

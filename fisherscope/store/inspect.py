@@ -39,10 +39,10 @@ def describe(store: ContributionStore | str | Path) -> dict[str, Any]:
 
     Returns:
         JSON-ready: path, format, model type, tasks (samples, committed, complete, samples in the
-        aggregates), shards and bytes per kind, encodings of gradients with the reason and, where some are
-        low-rank, the median and the worst relative error per task, the proofs of batches, what the
-        store knows its model by, element types, a summary of the layout,
-        options, fingerprint and provenance.
+        aggregates), shards and bytes per kind, encodings of gradients, also in words, with the
+        reason and, where some are low-rank, the median and the worst relative error per task, the proofs of
+        batches, what the store knows its model by, element types, a summary of the layout, options,
+        fingerprint and provenance.
 
     Raises:
         StoreFormatError: the directory is not a store.
@@ -67,6 +67,7 @@ def describe(store: ContributionStore | str | Path) -> dict[str, Any]:
         "ranks": [ledger.rank for ledger in opened.ledgers],
         "shards": sum(1 for ledger in opened.ledgers for _ in ledger.shards()),
         "bytes": _bytes(opened),
+        "gradients": header.gradients_in_words,
         "encodings": dict(Counter(map(opened.encoding, header.gradient_parameters))),
         "encoding_reason": header.options.get("gradient_encodings"),
         "encoding_errors": _errors(opened),
@@ -138,6 +139,7 @@ def _layout(layout: ModelLayout) -> dict[str, Any]:
         "kv_heads": sorted({a.n_kv_heads for a in layout.attention}),
         "blocks": list(dict.fromkeys(block.name for _, block in layout.head_blocks())),
         "stacks": list(dict.fromkeys(a.stack for a in layout.attention)),
+        "shared": [{"module": found.module, "runs": found.runs} for found in layout.shared],
         "mlps": len(layout.mlps),
         "channels": sorted({m.channels for m in layout.mlps}),
     }

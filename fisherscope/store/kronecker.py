@@ -12,6 +12,7 @@ from fisherscope.linalg.scaling import as_float32
 from fisherscope.store import aggregates, lookup
 from fisherscope.store.index import TaskIndex
 from fisherscope.store.opened import OpenStore
+from fisherscope.words import counted
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,9 @@ class KroneckerFactors:
             known = [b.name for b in self.blocks]
             raise KeyError(f"{self.module!r} holds no heads of block {block!r}: it has {known}")
         if not 0 <= head < found.heads:
-            raise IndexError(f"{block} of {self.module!r} has {found.heads} heads, asked for {head}")
+            raise IndexError(
+                f"{block} of {self.module!r} has {counted(found.heads, 'head')}, asked for {head}"
+            )
         start = found.weight.starts[head]
         cut = slice(start, start + found.weight.width)
         if found.role == "O":

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from fisherscope.errors import MemoryBudgetError, UsageError
+from fisherscope.words import counted
 
 # what a call takes beside its result at most: stored bytes are brought into shape piece by piece
 WORKING_BYTES = 64 << 20
@@ -99,7 +100,7 @@ def refuse_beyond(budget: int, what: str, samples: int, sample_bytes: int) -> No
         else "not even one fits: read single heads with store.slice()"
     )
     raise MemoryBudgetError(
-        f"{what} of {samples:,} samples would take {samples * sample_bytes:,} bytes and up to "
+        f"{what} of {counted(samples, 'sample')} would take {samples * sample_bytes:,} bytes and up to "
         f"{min(WORKING_BYTES, 2 * samples * sample_bytes):,} to work with, and {budget:,} may be taken: "
         f"{hint}. open_store(path, memory_budget='8GB') sets the limit"
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fisherscope.words import counted, several
+
 if TYPE_CHECKING:
     from fisherscope.store.reader import ContributionStore
 
@@ -50,11 +52,12 @@ def _in_words(found: dict[str, Any]) -> str:
     """One sentence or two about the proofs of a task."""
     proved, batches, failed = (int(found[key]) for key in ("proved", "batches", "not_provable"))
     missing = f" {failed} more could not be, for want of memory." if failed else ""
+    of_all = counted(batches, "batch", "batches")
     if not proved:
-        return f"None of {batches} batches was compared with an ordinary backward pass.{missing}"
-    verb = "were" if proved > 1 else "was"
+        return f"None of {of_all} was compared with an ordinary backward pass.{missing}"
+    verb = several(proved, "was", "were")
     return (
-        f"{proved} of {batches} batches {verb} compared with an ordinary backward pass.{missing} The largest "
+        f"{proved} of {of_all} {verb} compared with an ordinary backward pass.{missing} The largest "
         f"deviation is {found['largest_deviation']:.1g}, and {found['tolerance']:.1g} would be rounding "
         f"({found['dtype']}). An error of {100 * found['smallest_error_seen']:.2g} % in the gradient of one "
         "sample of these batches would have been seen."

@@ -226,12 +226,13 @@ class ContributionStore(OpenStore):
         block: str,
         head: int,
         part: Part = "weight",
-        stack: str = "decoder",
+        stack: str | None = None,
         samples: Samples = None,
     ) -> Tensor:
         """Per-sample gradients of one head: a query head for Q and O, a kv head for K and V.
 
         Of dense gradients the bytes of that head only are read; of factors the other side is, too.
+        ``stack`` is the only one where None, and the decoder where there are several.
 
         Returns:
             ``[n, slice size]``, float32, each slice in the parameter's memory order.
@@ -255,7 +256,7 @@ class ContributionStore(OpenStore):
         layer: int,
         block: str,
         part: Part = "weight",
-        stack: str = "decoder",
+        stack: str | None = None,
         samples: Samples = None,
     ) -> Tensor:
         """Per-sample gradients of all heads of a block, in one read.
@@ -271,7 +272,7 @@ class ContributionStore(OpenStore):
         layer: int,
         block: str,
         part: Part,
-        stack: str,
+        stack: str | None,
         samples: Samples,
         heads: builtins.slice,
     ) -> Tensor:
@@ -320,7 +321,7 @@ class ContributionStore(OpenStore):
         block: str,
         head: int,
         part: Part = "weight",
-        stack: str = "decoder",
+        stack: str | None = None,
         labels: str = "data",
     ) -> Tensor:
         """Diagonal Fisher of one head.

@@ -114,6 +114,11 @@ class StoreHeader:
         return GradientPlan.build(self.layout, self.gradient_parameters, self.encodings)
 
     @property
+    def gradients_in_words(self) -> str:
+        """Of how many parameters gradients are stored, and how; "none"."""
+        return self.encodings.in_words(self.gradient_dtype, self.gradient_parameters)
+
+    @property
     def gradient_encodings(self) -> dict[str, str]:
         """The encoding of every parameter whose gradients are stored."""
         return {name: self.encodings.encoding(name) for name in self.gradient_parameters}

@@ -20,6 +20,7 @@ from fisherscope.store.index import Chunk, TaskIndex
 from fisherscope.store.keys import read_keys
 from fisherscope.store.opened import OpenStore
 from fisherscope.store.plan import GROUP_DOT, GROUP_SIZES, SAMPLE_COLUMNS
+from fisherscope.words import counted
 
 _CHUNK_BYTES = 32 << 20
 
@@ -205,7 +206,7 @@ def _lines(store: OpenStore) -> list[tuple[str, str]]:
     return [
         (
             task,
-            f"{store.committed(task)} of {store.n(task)} samples"
+            f"{store.committed(task)} of {counted(store.n(task), 'sample')}"
             + ("" if store.is_complete(task) else " (incomplete)"),
         )
         for task in store.tasks
@@ -217,8 +218,7 @@ def representation(store: OpenStore) -> str:
     tasks = ", ".join(f"{task}: {text}" for task, text in _lines(store)) or "no tasks"
     return (
         f"<ContributionStore {str(store.path)!r} ({store.layout.model_type}): {tasks}; "
-        f"{len(store.parameters)} parameters, gradients of {len(store.gradient_parameters)} "
-        f"in {store.header.gradient_dtype}>"
+        f"{counted(len(store.parameters), 'parameter')}, gradients: {store.header.gradients_in_words}>"
     )
 
 
@@ -230,7 +230,7 @@ def html(store: OpenStore) -> str:
     )
     return (
         f"<p><b>ContributionStore</b> <code>{html_module.escape(str(store.path))}</code>: "
-        f"{html_module.escape(store.layout.model_type)}, {len(store.parameters)} parameters, gradients of "
-        f"{len(store.gradient_parameters)} in {store.header.gradient_dtype}</p>"
+        f"{html_module.escape(store.layout.model_type)}, {counted(len(store.parameters), 'parameter')}, "
+        f"gradients: {html_module.escape(store.header.gradients_in_words)}</p>"
         f"<table><tr><th>task</th><th>samples</th></tr>{rows}</table>"
     )

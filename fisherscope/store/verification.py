@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fisherscope.words import counted
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -59,9 +61,9 @@ class Verification:
     def summary(self) -> str:
         """The result in words: one line, then one per finding and note."""
         how = "names and sizes of" if self.quick else "all of"
-        seen = f"{how} {self.shards} shards looked at, {self.nbytes:,} bytes read"
+        seen = f"{how} {counted(self.shards, 'shard')} looked at, {counted(self.nbytes, 'byte')} read"
         count = len(self.findings)
-        verdict = "nothing is wrong" if self.ok else f"{count} finding{'s' * (count > 1)}"
+        verdict = "nothing is wrong" if self.ok else counted(count, "finding")
         lines = [f"{self.path}: {verdict} ({seen})"]
         lines += [f"  {finding}" for finding in self.findings]
         lines += [f"  note: {note}" for note in self.notes]

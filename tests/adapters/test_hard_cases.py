@@ -20,7 +20,7 @@ from fisherscope.adapters.inputs import probe_inputs
 from fisherscope.adapters.patterns import Concat, Mlp, Separate
 from fisherscope.adapters.probe import verify_layout
 from fisherscope.errors import AdapterError
-from fisherscope.layout import ModelLayout
+from fisherscope.layout import ModelLayout, SharedModule
 from fisherscope.layout.codec import check_partitions
 from tests import models
 
@@ -133,6 +133,21 @@ def test_layers_that_are_called_several_times_are_listed_once(repeats: int) -> N
     )
     layout = resolve(transformers.AlbertModel(config).eval(), strict=True, verify="all")
     assert [(a.stack, a.layer, a.n_heads) for a in layout.attention] == [("encoder", 0, 4)]
+    shared = [SharedModule("encoder.albert_layer_groups.0", repeats)] if repeats > 1 else []
+    assert list(layout.shared) == shared
+    assert layout.runs(layout.attention[0].block("Q").weight.parameter) == repeats
+
+
+def test_models_whose_modules_run_once_share_nothing() -> None:
+    """Neither heads nor experts nor tied embeddings count as repeated; a layer that two places hold does."""
+    for name in ("gpt2", "llama", "mixtral", "t5", "vit"):
+        assert resolve(models.build(models.named(name))).shared == ()
+    model: Any = models.build(models.named("llama"))
+    model.model.layers[1].self_attn = model.model.layers[0].self_attn
+    hooks = [len(module._forward_pre_hooks) for module in model.modules()]
+    layout = resolve(model, adapter=_first_layer_only)
+    assert layout.shared == (SharedModule("model.layers.0.self_attn", 2),)
+    assert [len(module._forward_pre_hooks) for module in model.modules()] == hooks
 
 
 @pytest.mark.parametrize("setting", models.ALL, ids=lambda s: s.name)

@@ -1,5 +1,6 @@
 """Which positions carry a conflict: against dense natural gradients, and against loops over positions."""
 
+import re
 from itertools import product
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fisherscope as fs
+from fisherscope import telling
 from fisherscope.analyses import AnalyzeConfig, ConflictConfig, run
 from fisherscope.analyses.bootstrap import weights
 from fisherscope.analyses.conflict.position_grams import Carried, PositionGram
@@ -352,8 +354,26 @@ def test_the_sentence_names_the_tokens_that_carry_a_planted_conflict(tmp_path):
     )
     lowest = view.frame.sort_values("contribution").iloc[0]
     assert f"{lowest['token']!r} (position {lowest['position']})" in view.summary()
+    assert "it is lowered most by" in view.summary()
     assert set(view.pairs["token_a"]) <= set(texts[a])
     assert repr(view).startswith("<PositionView: math")
+
+
+def test_a_pair_in_no_conflict_is_not_said_to_be_in_one(llama, capsys, monkeypatch):
+    """The view divides a cosine and tests nothing: whatever the cosine, it speaks of no conflict. Where it
+    takes long it says how long."""
+    _, full, _ = llama
+    views = [
+        carrying_positions(full, *PAIR, layer=layer, block=block) for layer in (0, 1) for block in "QKVO"
+    ]
+    assert not [view for view in views if "conflict" in view.summary() or "conflict" in repr(view)]
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(telling, "_SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(telling, "_SECONDS_BEFORE_A_GUESS", 0.0)
+    carrying_positions(full, *PAIR)
+    assert re.match(r"carrying_positions: \d+% done, about \d+ s left\n", capsys.readouterr().err)
+    carrying_positions(full, *PAIR, quiet=True)
+    assert capsys.readouterr().err == ""
 
 
 def test_the_sentence_says_where_and_what_is_missing(llama):

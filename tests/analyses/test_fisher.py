@@ -40,7 +40,8 @@ def test_mean_variance_and_t_interval_equal_numpy_and_scipy(made, result):
         np.testing.assert_allclose(row["sum"], values.mean() * 32, rtol=1e-6)
         np.testing.assert_allclose(row["variance"], values.var(ddof=1), rtol=1e-5)
         low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-        np.testing.assert_allclose([row["ci_low"], row["ci_high"]], [low, high], rtol=1e-5, atol=1e-14)
+        ends = [row["ci_low"], row["ci_high"]]
+        np.testing.assert_allclose(ends, [max(low, 0), high], rtol=1e-5, atol=1e-14)
         assert row["largest_sample"] == f"math_{values.argmax()}"
         np.testing.assert_allclose(row["largest_share"], values.max() / values.sum(), rtol=1e-6)
 
@@ -130,6 +131,8 @@ def test_t_interval_covers_the_truth():
     moments = Moments.of(values)
     low, high = t_interval(moments.mean, moments.variance, 8, 0.95)
     assert 0.935 < ((low < 3) & (high > 3)).mean() < 0.965
+    assert (low >= 0).all()  # what is not negative has no interval below 0
+    assert (low == 0).any()
 
 
 def test_bootstrap_means_are_those_of_the_drawn_samples():

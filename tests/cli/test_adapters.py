@@ -72,7 +72,7 @@ def test_check_takes_models_of_any_task(run, others):
     assert result.exit_code == 0, result.output
     assert all(stack in result.output for stack in ("encoder", "decoder", "cross"))
     result = run("adapters", "check", others["distilbert"])
-    assert "confirmed: every head (2) of 1 attention layers, found from the structure" in result.output
+    assert "confirmed: every head (2) of 1 attention layer, found from the structure" in result.output
 
 
 @pytest.mark.filterwarnings("default::UserWarning")

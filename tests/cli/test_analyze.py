@@ -1,6 +1,7 @@
 """``fisherscope analyze``: reports, choices, failures."""
 
 import json
+import re
 
 import pytest
 
@@ -131,10 +132,67 @@ def test_collect_and_report_at_once(collect, tmp_path):
     assert (tmp_path / "report" / "report.html").exists()
 
 
-def test_a_report_that_cannot_be_written(store, run, tmp_path):
-    """One message, no traceback."""
+@pytest.fixture
+def no_analysis(monkeypatch):
+    """Every analysis that runs fails the test."""
+
+    def ran(*arguments, **options):
+        raise AssertionError("an analysis ran")
+
+    monkeypatch.setattr("fisherscope.report.report.run", ran)
+
+
+def plain(text):
+    return " ".join(text.replace("│", " ").split())
+
+
+def test_a_report_that_cannot_be_written(store, run, tmp_path, no_analysis):
+    """A file, a page that is a directory, and a directory of other things: refused before anything runs."""
     (tmp_path / "report").touch()
-    shown = run("analyze", store, "-o", tmp_path / "report", "--only", "fisher")
-    assert shown.exit_code == 1
-    assert "error:" in shown.stderr
-    assert "Traceback" not in shown.stderr
+    (tmp_path / "x.html").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").touch()
+    for name, message in (
+        ("report", "is a file"), ("x.html", "is a directory"), ("other", "holds no report"),
+    ):  # fmt: skip
+        shown = run("analyze", store, "-o", tmp_path / name, "--only", "fisher")
+        assert shown.exit_code == 2
+        assert message in plain(shown.stderr)
+        assert "--out" in shown.stderr
+        assert "Traceback" not in shown.stderr
+    assert [p.name for p in (tmp_path / "other").iterdir()] == ["thesis.tex"]
+
+
+def test_collect_looks_at_the_report_first(run, tasks, tmp_path):
+    """--report in the way is refused before the model is loaded: the model here does not even exist."""
+    (tmp_path / "report").touch()
+    words = ["--model", tmp_path / "none", "--out", tmp_path / "run.fs", "--report", tmp_path / "report"]
+    shown = run("collect", *words, *tasks)
+    assert shown.exit_code == 2
+    assert "is a file" in plain(shown.stderr)
+    assert not (tmp_path / "run.fs").exists()
+
+
+def test_a_page_alone(store, run, tmp_path):
+    """A name with .html is the page, and the last line; the report can be written over."""
+    for _ in range(2):
+        shown = run("analyze", store, "-o", tmp_path / "x.html", "--only", "masks")
+        assert shown.exit_code == 0, shown.stderr
+        assert shown.stdout.splitlines()[-1] == str(tmp_path / "x.html")
+    assert (tmp_path / "x.html").is_file()
+    assert not (tmp_path / "tables").exists()
+
+
+def test_progress(store, run, tmp_path):
+    """One line per analysis with its seconds, and one for the report; nothing with --quiet."""
+    words = ["analyze", store, "--only", "overlap", "--only", "fisher"]
+    shown = run(*words, "-o", tmp_path / "report")
+    seconds = r": \d+\.\d s"
+    lines = [line for line in shown.stderr.splitlines() if re.search(seconds, line)]
+    assert [line.split(":")[0] for line in lines] == [
+        "analyze masks", "analyze overlap", "analyze fisher", f"report into {tmp_path / 'report'}",
+    ]  # fmt: skip
+    assert all(re.fullmatch(rf".*{seconds}", line) for line in lines)
+    shown = run(*words, "-o", tmp_path / "report", "--quiet")
+    assert shown.exit_code == 0
+    assert not re.search(seconds, shown.stderr)

@@ -96,3 +96,16 @@ def test_memory_of_the_demo() -> None:
     )
     estimated, collected = map(int, done.stdout.split()[-2:])
     assert estimated == pytest.approx(collected, rel=0.25)
+
+
+def test_an_estimate_says_what_it_does(tmp_path, capsys):
+    """Each step when it begins, on stderr; nothing with quiet."""
+    scope = fs.wrap(models.build(models.named("llama")))
+    scope.estimate({"math": models.rows(3)}, batch_size=2)
+    assert capsys.readouterr().err.splitlines() == [
+        "estimate: reading the tasks and planning batches",
+        "estimate: hashing the weights of the model",
+        "estimate: running some of 2 batches, the largest among them",
+    ]
+    scope.estimate({"math": models.rows(3)}, batch_size=2, quiet=True)
+    assert capsys.readouterr().err == ""

@@ -80,6 +80,27 @@ def test_every_figure_draws_and_nothing_else_happens(chromium, saved):
         assert opened.problems == []
 
 
+TICKS = """
+() => [...document.querySelectorAll('.js-plotly-plot')].flatMap((plot, number) => {
+  const found = {};
+  plot.querySelectorAll('[class$="tick"] text').forEach(text => {
+    const axis = text.parentElement.getAttribute('class');
+    (found[axis] = found[axis] || []).push(text.textContent);
+  });
+  return Object.entries(found).map(([axis, texts]) => [number, axis, texts]);
+})
+"""
+
+
+def test_no_axis_has_two_ticks_that_read_the_same(chromium, saved):
+    """Of no axis and of no colour bar."""
+    with Opened(chromium, saved.directory / "report.html", viewport={"width": 1280, "height": 900}) as opened:
+        axes = opened.page.evaluate(TICKS)
+        assert len(axes) > 60
+        assert any("coloraxis" in axis for _, axis, _ in axes)
+        assert [axis for axis in axes if len(set(axis[2])) < len(axis[2])] == []
+
+
 def test_the_page_fits_a_phone(chromium, saved):
     """The page does not scroll sideways: panels rearrange when it is narrow."""
     file = saved.directory / "report.html"

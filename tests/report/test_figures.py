@@ -1,12 +1,16 @@
 """Figures are valid plotly, labelled, and say which heads they mean."""
 
+import re
+
+import numpy as np
 import plotly.graph_objects as go
 import pytest
 
 from fisherscope.report.figures import figures_of
 from fisherscope.report.figures.maps import head_map
+from fisherscope.report.figures.parts import cell, count_axis
 from fisherscope.report.figures.scales import SCALES
-from fisherscope.report.figures.ticks import log_ticks
+from fisherscope.report.figures.ticks import log_ticks, share_ticks
 
 COUNTS = {"fisher": 4, "importance": 6, "masks": 3, "overlap": 4, "conflict": 8, "interference": 6}
 
@@ -84,3 +88,45 @@ def test_log_ticks_lie_inside(low, high):
     places, texts = log_ticks(low, high)
     assert 1 <= len(places) == len(texts) <= 12
     assert all(low * 0.99 <= 10**place <= high * 1.01 for place in places)
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_hovers_show_whole_numbers_whole(saved, name):
+    """Plotly's own form of a number ("3.00", "12k") is for none: axes of text and given forms only; whole
+    numbers in the data of a hover are whole, whatever their size."""
+    for figure in figures_of(saved.report[name]):
+        for trace in figure.plot["data"]:
+            template = trace.get("hovertemplate", "")
+            for letter in "xyz":
+                if f"%{{{letter}}}" in template:
+                    assert all(isinstance(value, str) for value in trace[letter]), template
+            assert not re.search(r"%\{[^}]*:[^}]*s\}", template), template
+
+
+def test_a_count_is_never_rounded():
+    """12,345 entries are not 12,350; other numbers keep four digits, and texts lose their markup."""
+    assert cell(12345) == 12345
+    assert isinstance(cell(np.int64(7)), int)
+    assert cell(0.123456) == 0.1235
+    assert cell("<b>") == "&lt;b&gt;"
+    assert cell(float("nan")) is None
+
+
+def test_axes_of_counts_have_whole_ticks():
+    """Few counts have one tick each, many as many as fit; none has a fraction or is written as 12k."""
+    few, many = count_axis("pairs", 3), count_axis("pairs", 12000)
+    assert few["tickformat"] == many["tickformat"] == ",d"
+    assert few["dtick"] == 1
+    assert "dtick" not in many
+
+
+@pytest.mark.parametrize(
+    "ends", [(1e-12, 0.9), (3e-11, 4e-11), (1.0001e-9, 1.0002e-9), (0.1, 0.1), (0.2, 0.3)]
+)
+def test_ticks_never_read_the_same(ends):
+    """Shares of a billionth are not "0%" twice, nor near values "0.1" twice."""
+    texts = share_ticks(*ends)["ticktext"]
+    assert len(texts) == len(set(texts)) >= 1
+    assert all(text.endswith("%") and float(text[:-1]) > 0 for text in texts)
+    texts = log_ticks(*ends)[1]
+    assert len(texts) == len(set(texts))

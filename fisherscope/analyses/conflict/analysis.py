@@ -38,6 +38,7 @@ from fisherscope.analyses.registry import register
 from fisherscope.analyses.slices import SliceReader, gqa_map
 from fisherscope.analyses.units import head_maps
 from fisherscope.store import ContributionStore
+from fisherscope.words import counted, several
 
 _PAIR = ["task_a", "task_b"]
 _MAPS = ["mean", "min", "share_negative", "reference", "excess", "margin", "t", "p", "q"]
@@ -85,13 +86,15 @@ class _Run:
 
     def result(self) -> ConflictResult:
         load = SharedLoad(self.store, self.rows, self.context.memory_budget)
-        for a, b in self.context.pairs:
+        for number, (a, b) in enumerate(self.context.pairs, 1):
+            self.context.tell(f"{a} and {b}, pair {number} of {len(self.context.pairs)}")
             if empty := [task for task in (a, b) if not self.rows[task]]:
                 self._add("verdicts", pd.DataFrame([nothing_stored(a, b, empty)]), a, b)
             else:
                 self._compare(a, b, load)
         extra = self._extra()
         frame = self._table("pairs", [*PAIRS, "text_a", "text_b"])
+        self.context.tell("positions of the pairs that were found")
         frame, extra["positions"] = look_into(self.store, frame, self.config, self.context)
         heads = self._table("heads", HEADS)
         listed = heads.groupby(_PAIR, sort=False).head(_LISTED).reset_index(drop=True)
@@ -237,8 +240,8 @@ class _Run:
             stored, n = self.reader.stored(task), self.reader.rows(task)
             if not used:
                 notes.append(
-                    f"no gradients of the {n} samples of {task!r} are stored: collect it with the extension "
-                    "sample_gradients"
+                    f"no gradients of the {counted(n, 'sample')} of {task!r} are stored: collect it with the "
+                    "extension sample_gradients"
                 )
             elif used < stored:
                 notes.append(f"pairs use the first {used} of the {n} samples of {task!r}; F uses all")
@@ -249,7 +252,10 @@ class _Run:
                 )
         slices = levels[levels["level"] == "slice"]
         if flat := int(slices["flat"].astype(bool).sum()):
-            notes.append(f"{flat} of {len(slices)} slices have F = 0 throughout and no cosines")
+            notes.append(
+                f"{flat} of {counted(len(slices), 'slice')} {several(flat, 'has', 'have')} F = 0 "
+                "throughout and no cosines"
+            )
         if self.bounds:
             notes.append(
                 f"on heads only p-values up to {min(self.bounds):.2g} were looked at, for want of memory: "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,7 +21,9 @@ from fisherscope.analyses.result import Result
 from fisherscope.analyses.slices import SliceReader
 from fisherscope.errors import NotStoredError, UsageError
 from fisherscope.store import ContributionStore, as_store
+from fisherscope.telling import steps
 from fisherscope.torch_state import in_standard_state
+from fisherscope.words import counted
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -54,8 +55,8 @@ class CalibrationResult(Result):
                 lines.append(f"{name}: not tried, too few samples (8 are needed).")
                 continue
             told = (
-                f"{name}: something was called in {row['rejecting']} of {row['splits']} splits "
-                f"({row['samples']} samples a side)"
+                f"{name}: something was called in {row['rejecting']} of {counted(row['splits'], 'split')} "
+                f"({counted(row['samples'], 'sample')} a side)"
             )
             if row["calibrated"]:
                 lines.append(f"{told}: in at most {row['upper']:.0%} of them, with 95 % confidence.")
@@ -79,7 +80,7 @@ def calibrate(
     config: AnalyzeConfig | None = None,
     *,
     splits: int = 200,
-    progress: Callable[[str], object] | None = None,
+    quiet: bool = False,
 ) -> CalibrationResult:
     """Try the conflict tests on random halves of each task, where nothing is to be found.
 
@@ -90,7 +91,7 @@ def calibrate(
         store: an open store, or its directory.
         config: tasks, seed, memory_budget and ``conflict``.
         splits: per task.
-        progress: is told each task before its turn.
+        quiet: no progress.
 
     Returns:
         A :class:`CalibrationResult`; a test whose ``calibrated`` is False calls too much on this store.
@@ -110,13 +111,13 @@ def calibrate(
     reader = SliceReader(opened, context.memory_budget, context.tasks)
     frames: list[pd.DataFrame] = []
     histograms: list[pd.DataFrame] = []
-    for task in context.tasks:
-        if progress is not None:
-            progress(task)
-        found = _split(reader, task, settings.conflict, splits, context.rng("calibrate", task))
-        for tables, table in ((frames, found.frame()), (histograms, found.histogram())):
-            table.insert(0, "task", task)
-            tables.append(table)
+    with steps("calibrate", len(context.tasks), quiet=quiet) as told:
+        for task in context.tasks:
+            with told.step(task):
+                found = _split(reader, task, settings.conflict, splits, context.rng("calibrate", task))
+            for tables, table in ((frames, found.frame()), (histograms, found.histogram())):
+                table.insert(0, "task", task)
+                tables.append(table)
     return CalibrationResult(
         name="calibrate",
         config={**asdict(settings.conflict), "calibration_splits": splits},

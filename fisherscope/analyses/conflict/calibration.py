@@ -17,6 +17,7 @@ from fisherscope.analyses.conflict.cosines import cosines
 from fisherscope.analyses.conflict.group_test import CauchySum
 from fisherscope.analyses.conflict.inputs import differ
 from fisherscope.analyses.conflict.pair_test import LEAST_SAMPLES, pair_test
+from fisherscope.words import counted
 
 Values = NDArray[np.float64]
 
@@ -103,8 +104,8 @@ class Verdict:
         if not self.splits:
             return f"the test of {self.test} could not be tried on random halves: there are too few samples"
         told = (
-            f"the test of {self.test} called something in {self.rejecting} of {self.splits} random splits of "
-            "single tasks, where nothing is to be found"
+            f"the test of {self.test} called something in {self.rejecting} of "
+            f"{counted(self.splits, 'random split')} of single tasks, where nothing is to be found"
         )
         if self.withheld:
             return (

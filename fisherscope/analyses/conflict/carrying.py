@@ -50,6 +50,7 @@ def look_into(
             config=config,
             seed=context.settings.seed,
             memory_budget=context.memory_budget,
+            quiet=True,  # the analysis tells where it is
         )
     except MemoryBudgetError:  # as beyond so much work: carrying_positions says what it would take
         return pairs, pd.DataFrame(columns=POSITIONS)

@@ -16,6 +16,7 @@ from fisherscope.analyses.conflict.grams import Place
 from fisherscope.analyses.conflict.study import Study
 from fisherscope.analyses.conflict.windows import Windows
 from fisherscope.analyses.top import TopPairs
+from fisherscope.analyses.units import layer_name
 
 PLACE = ["stack", "layer", "block", "head"]
 NUMBERS = ["cosine", "reference", "excess", "effect_size", "p", "q"]
@@ -32,8 +33,7 @@ Places = NDArray[np.int64]
 
 def sentence(a: str, b: str, place: Mapping[Any, Any], cosine: float, d: float, q: float) -> str:
     """What was found of a pair: "math_7 conflicts with code_23 in layer 3, Q, head 5 (cos -0.41, ...)"."""
-    stack = "" if place["stack"] in {"", "decoder"} else f"{place['stack']} "
-    where = f"{stack}layer {place['layer']}, {place['block']}, head {place['head']}"
+    where = f"{layer_name(place)}, {place['block']}, head {place['head']}"
     return f"{a} conflicts with {b} in {where} (cos {cosine:.2f}, d {d:.2f}, q {q:.2g})"
 
 

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fisherscope.errors import UsageError
+from fisherscope.words import counted
 
 Matrix = NDArray[np.float64]
 
@@ -69,7 +70,9 @@ def unit_grams(
                 f"{name} has shape {gram.shape}, but cross has shape {across.shape}: it must be ({n}, {n})"
             )
         if n < least:
-            raise UsageError(f"{name} has {n} samples; the test needs at least {least} of each task")
+            raise UsageError(
+                f"{name} has {counted(n, 'sample')}; the test needs at least {least} of each task"
+            )
         within.append(_cosines(name, gram))
     (left, length_a), (right, length_b) = within
     across = across / length_a[:, None] / length_b

@@ -9,6 +9,7 @@ import pandas as pd
 
 from fisherscope.analyses.conflict.position_factors import Tokens
 from fisherscope.analyses.conflict.position_grams import Carried
+from fisherscope.words import level
 
 TOP_PAIRS = 20
 _NAMED = 2  # positions of each sample that the summary names
@@ -27,7 +28,7 @@ class PositionView:
         confidence: of the interval.
         frame: one row per position: side ("a" or "b"), sample, position, token_id (-1 for none), token (its
             text, or None), bears_loss (whether it predicts a label that bears loss), contribution. Those of
-            a side add up to the cosine; one below 0 carries a conflict.
+            a side add up to the cosine; one below 0 lowers it.
         pairs: the pairs of positions that take most from the cosine, lowest first: position_a, position_b,
             token_a, token_b, contribution.
         source: where the factors came from: the "store", or the "model".
@@ -55,7 +56,7 @@ class PositionView:
         if self.cosine != self.cosine:
             return f"{pair}: no cosine over {self.where}, because one of them has no gradient there."
         interval = (
-            f"{self.confidence:.0%} interval {self.low:+.2f} to {self.high:+.2f} over positions"
+            f"{level(self.confidence)} interval {self.low:+.2f} to {self.high:+.2f} over positions"
             if self.low == self.low
             else "no interval"
         )
@@ -64,7 +65,7 @@ class PositionView:
     def _carriers(self) -> str:
         named = [self._lowest("a", self.sample_a), self._lowest("b", self.sample_b)]
         named = [words for words in named if words]
-        return f"conflict is carried by {' and '.join(named)}" if named else "no position carries a conflict"
+        return f"it is lowered most by {' and '.join(named)}" if named else "no position lowers it"
 
     def _lowest(self, side: str, sample: str) -> str:
         rows = self.frame[(self.frame["side"] == side) & (self.frame["contribution"] < 0)]

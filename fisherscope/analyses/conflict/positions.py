@@ -1,4 +1,4 @@
-"""Which positions of two samples carry the conflict between them."""
+"""Which positions of two samples carry the cosine of their gradients."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from fisherscope.analyses.conflict.position_view import PositionView, pair_frame
 from fisherscope.analyses.slices import Block, SliceReader, damping
 from fisherscope.errors import NotStoredError, UsageError
 from fisherscope.store import ContributionStore
+from fisherscope.telling import Pace
 from fisherscope.torch_state import in_standard_state
 
 _DEFAULT = ConflictConfig()
@@ -42,6 +43,7 @@ def carrying_positions(
     confidence: float = 0.95,
     seed: int = 0,
     memory_budget: int = 1 << 30,
+    quiet: bool = False,
 ) -> PositionView:
     """Divide the cosine of two samples among their positions.
 
@@ -61,7 +63,7 @@ def carrying_positions(
             are instrumented, where those of none are).
         block: of one block only: "Q", "K", "V" or "O".
         head: of one head of that layer and block: a query head of Q and O, a kv head of K and V.
-        stack: "decoder", "encoder" or "cross", where there are several.
+        stack: "decoder", "encoder" or "cross", where there are several; all where None.
         config: metric and damping. The natural metric is that of the pooled ``F = (F_a + F_b) / 2`` of both
             tasks' contributions; with another ``fisher_pool`` or ``fisher_weighting`` the cosines of
             ``conflict`` are others than those divided here.
@@ -70,6 +72,7 @@ def carrying_positions(
         confidence: of its interval.
         seed: of its draws.
         memory_budget: bytes.
+        quiet: say nothing on stderr; else, where it takes long, how long it will take.
 
     Returns:
         A :class:`PositionView`.
@@ -94,6 +97,7 @@ def carrying_positions(
         confidence=confidence,
         seed=seed,
         memory_budget=memory_budget,
+        quiet=quiet,
     )
     return view
 
@@ -113,6 +117,7 @@ def carrying_positions_of_pairs(
     confidence: float = 0.95,
     seed: int = 0,
     memory_budget: int = 1 << 30,
+    quiet: bool = False,
 ) -> list[PositionView]:
     """As :func:`carrying_positions` for several pairs of samples; F of each weight is had only once.
 
@@ -134,13 +139,18 @@ def carrying_positions_of_pairs(
     budget = memory_budget // max(1, len(found))
     grams = [PositionGram(lengths[a], lengths[b], budget) for a, b in found]
     scales = _Scales(store, config, memory_budget)
-    for each in blocks:
-        for (a, b), gram in zip(found, grams, strict=True):
+    heads = [range(len(each)) if head is None else range(head, head + 1) for each in blocks]
+    entries = sum(len(h) * each.partition.slice_size for each, h in zip(blocks, heads, strict=True))
+    squares = [(lengths[a] + lengths[b]) ** 2 for a, b in found]
+    pace = Pace("carrying_positions", entries * sum(squares), quiet=quiet)
+    for each, numbers in zip(blocks, heads, strict=True):
+        for (a, b), gram, square in zip(found, grams, squares, strict=True):
             both = [source.read(sample, each, lengths[sample]) for sample in (a, b)]
             left, right = (torch.cat(sides) for sides in zip(*both, strict=True))
             left = left * 2.0**scales.exponent
-            for number in range(len(each)) if head is None else (head,):
+            for number in numbers:
                 _add_head(gram, left, right, each, number, scales.of((a.task, b.task), each))
+                pace.advance(each.partition.slice_size * square)
     where = _where(layer, block, head, stack)
     views = []
     for (a, b), gram in zip(found, grams, strict=True):

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from fisherscope.errors import UsageError
+from fisherscope.words import counted
 
 FILTER = ["sample", "task", "against", "reason", "degree", "mean_cosine"]
 REWEIGHT = ["task", "sample", "weight"]
@@ -160,7 +161,7 @@ def _filter(table: pd.DataFrame, ends: pd.DataFrame) -> pd.DataFrame:
     called = sorted((key for key in harmful if known[key]["opposes"]), key=lambda k: known[k]["opposed_by"])
     dropped = {key: f"opposes {known[key]['opposes']} as a whole" for key in called}
     for key, left in _cover(ends, {key: own[key] for key in harmful}, set(dropped)):
-        dropped[key] = f"conflicts with {left} samples that would stay"
+        dropped[key] = f"conflicts with {counted(left, 'sample')} that would stay"
     rows = [
         {
             "sample": key[1],

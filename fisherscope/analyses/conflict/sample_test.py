@@ -8,6 +8,7 @@ from scipy import stats
 
 from fisherscope.analyses.conflict.inputs import finite
 from fisherscope.errors import UsageError
+from fisherscope.words import counted
 
 _SMALLEST = 1e-300
 # Copies of a sample have cosines that differ by the rounding of float32 products.
@@ -38,8 +39,8 @@ def sample_test(cross: ArrayLike) -> NDArray[np.float64]:
     n = values.shape[-1]
     if n < 2:
         raise UsageError(
-            f"cross has shape {values.shape}: with {n} samples of the other task there is no measure of "
-            "spread; at least 2 are needed"
+            f"cross has shape {values.shape}: with {counted(n, 'sample')} of the other task there is "
+            "no measure of spread; at least 2 are needed"
         )
     mean = values.mean(-1)
     error = values.std(-1, ddof=1) / np.sqrt(n)

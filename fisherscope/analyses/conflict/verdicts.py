@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fisherscope.analyses.conflict.study import Study
+from fisherscope.words import counted, several
 
 # Means above this are called small.
 _SLIGHT = -0.05
@@ -98,7 +99,7 @@ def _one_sided(findings: Findings, a: str, b: str) -> list[str]:
     """Samples that oppose the other task where as many agree with it."""
     sides = zip(findings.samples, findings.corroborated, (a, b), (b, a), strict=True)
     return [
-        f"{_count(count, 'sample')} of {one} lean{'s' if count == 1 else ''} against {other}, but others "
+        f"{counted(count, 'sample')} of {one} {several(count, 'leans', 'lean')} against {other}, but others "
         "lean towards it as far: that is no conflict of the tasks."
         for count, sure, one, other in sides
         if count and not sure
@@ -124,23 +125,27 @@ def _found(study: Study, findings: Findings, a: str, b: str) -> list[str]:
     sentences = []
     if findings.pairs:
         sentences.append(
-            f"{_count(findings.pairs, 'pair')} of {study.p.size:,} conflict over all attention weights."
+            f"{counted(findings.pairs, 'pair')} of {study.p.size:,} "
+            f"{several(findings.pairs, 'conflicts', 'conflict')} over all attention weights."
         )
     if findings.heads:
-        sentences.append(f"{_count(findings.heads, 'pair')} conflict on some head.")
+        sentences.append(
+            f"{counted(findings.heads, 'pair')} "
+            f"{several(findings.heads, 'conflicts', 'conflict')} on some head."
+        )
     sides = zip(findings.samples, findings.opposed, findings.corroborated, (a, b), (b, a), strict=True)
     for count, mean, sure, one, other in sides:
         if count and sure:
-            verb = "opposes" if count == 1 else "oppose"
+            verb = several(count, "opposes", "oppose")
             sentences.append(
-                f"{_count(count, 'sample')} of {one} {verb} {other} as a whole (mean cosine {mean:.3f})."
+                f"{counted(count, 'sample')} of {one} {verb} {other} as a whole (mean cosine {mean:.3f})."
             )
     if not np.isnan(findings.whole):
         sentences.append(f"On average {a} and {b} oppose each other (mean cosine {findings.whole:.3f}).")
     if findings.blocks:
         sentences.append(
-            f"On {findings.blocks} of {len(study.slices)} head slices the mean cosine is below what groups "
-            f"of samples of one task have (down to {findings.lowest:.3f})."
+            f"On {findings.blocks} of {counted(len(study.slices), 'head slice')} the mean cosine is below "
+            f"what groups of samples of one task have (down to {findings.lowest:.3f})."
         )
     if findings.is_slight:
         sentences.append("These effects are small: a step on one task hardly moves the other.")
@@ -163,7 +168,3 @@ def _no_pairs(study: Study) -> str:
     return (
         "samples of one task differ so much that not even opposite gradients would stand out; collect more."
     )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

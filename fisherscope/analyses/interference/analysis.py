@@ -17,6 +17,7 @@ from fisherscope.analyses.registry import register
 from fisherscope.analyses.slices import SliceReader, gqa_map, stored_blocks
 from fisherscope.analyses.units import head_maps
 from fisherscope.store import ContributionStore
+from fisherscope.words import counted, several
 
 _FRAME = ["task_a", "task_b", "stack", "layer", "block", "head", *MAPS, "flat"]
 _PAIRS = ["task_a", "task_b", "sample_i", "sample_j", "stack", "layer", "block", "head", "score"]
@@ -46,7 +47,7 @@ def interference(
             + collecting_heads(store, config.part)
         )
     reader = SliceReader(store, context.memory_budget, context.tasks)
-    measurement = Measurement(reader, context.tasks, config, context.rng)
+    measurement = Measurement(reader, context.tasks, config, context.rng, context.tell)
     found = measurement.run(pairs)
     frame, why_not = with_claims(pd.DataFrame(found.rows), context, config)
     frame = frame[_FRAME]
@@ -90,15 +91,16 @@ def _warnings(
         notes += task_notes(reader, task, used, config)
     if flat := int(frame["flat"].sum()):
         notes.append(
-            f"{flat} of {len(frame)} slices have F = 0 throughout; their score is 0 and `flat` is set"
+            f"{flat} of {counted(len(frame), 'slice')} {several(flat, 'has', 'have')} F = 0 throughout; the "
+            "score there is 0 and `flat` is set"
         )
     if not (frame["max"].abs() < float("inf")).all() and frame["max"].notna().any():
         notes.append("some scores are not finite: F of one task is 0 where the other's gradients are not")
     if found.barely_damped:
         notes.append(
-            f"in {found.barely_damped} of {len(frame)} slices the damping is below the smallest non-zero "
-            "eigenvalue of F: scores there come near the identity matrix, whatever the samples; raise "
-            "ridge_rel"
+            f"in {found.barely_damped} of {counted(len(frame), 'slice')} the damping is below the "
+            "smallest non-zero eigenvalue of F: scores there come near the identity matrix, whatever the "
+            "samples; raise ridge_rel"
         )
     return notes
 
@@ -112,8 +114,8 @@ def task_notes(reader: SliceReader, task: str, used: int, config: InterferenceCo
     behind = n if reader.source == "full" and config.form != "full" else stored
     if behind < config.min_samples_for_fisher:
         notes.append(
-            f"F of {task!r} is the mean of only {behind} samples: its denominators are rough. Each sample "
-            f"makes up 1/{behind} of that F, so that none stands out by more than a factor of "
+            f"F of {task!r} is the mean of only {counted(behind, 'sample')}: its denominators are rough. "
+            f"Each sample makes up 1/{behind} of that F, so that none stands out by more than a factor of "
             f"{behind}, and entries count most where F is small by chance"
         )
     if used < stored:

@@ -20,6 +20,7 @@ from fisherscope.analyses.quantities import collecting_heads, without_heads
 from fisherscope.analyses.slices import Loaded, SliceReader, find_block, stored_blocks
 from fisherscope.store import ContributionStore
 from fisherscope.torch_state import in_standard_state
+from fisherscope.words import counted
 
 
 class BlockHeatmap(TypedDict):
@@ -48,7 +49,7 @@ def compute_heatmap(
     heads: Sequence[int] | None = None,
     max_samples_per_task: int | None = None,
     *,
-    stack: str = "decoder",
+    stack: str | None = None,
     config: InterferenceConfig | None = None,
     memory_budget: int = BUDGET,
 ) -> dict[str, BlockHeatmap]:
@@ -60,7 +61,7 @@ def compute_heatmap(
         layers: all of the stack whose gradients are stored, where None.
         heads: query heads; all where None.
         max_samples_per_task: takes the place of that of ``config`` where given.
-        stack: of the layers.
+        stack: of the layers; the only one where None, and the decoder where there are several.
         config: form of the score, and how many pairs of samples to keep; defaults where None.
         memory_budget: bytes of gradients to hold at a time.
 
@@ -75,6 +76,7 @@ def compute_heatmap(
     config = config or InterferenceConfig()
     if max_samples_per_task is not None:
         config = replace(config, max_samples_per_task=max_samples_per_task)
+    stack = store.layout.stack_or_only(stack)
     chosen, wanted = _chosen(store, layers, heads, stack, config)
     reader = SliceReader(store, memory_budget, (task_a, task_b))
     empty = warn_of_empty(reader, (task_a, task_b))
@@ -96,7 +98,7 @@ def compute_heatmap(
                 means[places] = scored.mean(head, *tops[name], (layer, wanted[places[0]]))
             barely_damped += scored.barely_damped
     if barely_damped:
-        warn_of_damping(f"in {barely_damped} slices lam is below")
+        warn_of_damping(f"in {counted(barely_damped, 'slice')} lam is below")
     for name, (extremes, labels) in tops.items():
         found[name]["top_conflicts"] = [
             {"sample_i": i, "sample_j": j, "layer": labels[n][0], "head": labels[n][1], "score": score}

@@ -16,6 +16,7 @@ from fisherscope.analyses.interference.pairs import PairScorer
 from fisherscope.analyses.interference.permutation import NAMES, OverlapTest
 from fisherscope.analyses.interference.totals import Extremes, Totals
 from fisherscope.analyses.slices import Block, Loaded, SliceReader, damping, stored_blocks
+from fisherscope.words import counted
 
 Scorer = PairScorer | FullScorer
 
@@ -39,7 +40,8 @@ def applied(config: InterferenceConfig) -> dict[str, Any]:
 def nothing_stored(reader: SliceReader, task: str) -> str:
     """Warning about a task that has samples but no gradients."""
     return (
-        f"no gradients of the {reader.rows(task)} samples of {task!r} are stored: its scores are 0 and mean "
+        f"no gradients of the {counted(reader.rows(task), 'sample')} of {task!r} are stored: its scores are "
+        "0 and mean "
         "nothing; collect it with the extension sample_gradients"
     )
 
@@ -75,8 +77,9 @@ class Measurement:
         tasks: tuple[str, ...],
         config: InterferenceConfig,
         rng: Callable[..., np.random.Generator],
+        tell: Callable[[str], None],
     ) -> None:
-        self._reader, self._config, self._rng = reader, config, rng
+        self._reader, self._config, self._rng, self._tell = reader, config, rng, tell
         self.scorer = scorer_for(reader, tasks, config)
         self.empty = tuple(task for task in tasks if not self.scorer.rows[task])
 
@@ -89,7 +92,9 @@ class Measurement:
         tests = self._tests(scored)
         loads = {task: n for task, n in rows_to_load(self.scorer).items() if n}
         by_pair: dict[Pair, list[dict[str, Any]]] = {pair: [] for pair in pairs}
-        for block in stored_blocks(self._reader.store, self._config.part):
+        blocks = stored_blocks(self._reader.store, self._config.part)
+        for number, block in enumerate(blocks, 1):
+            self._tell(f"block {number} of {len(blocks)}")
             self._reader.hold(block, loads)
             made = denominators(self._reader, block, scored, self._config)
             pooled = {pair: self._all_samples(block, pair) for pair in tests}

@@ -17,6 +17,7 @@ from fisherscope.analyses.slices import Block, Loaded, SliceReader, find_block
 from fisherscope.errors import UsageError
 from fisherscope.store import ContributionStore
 from fisherscope.torch_state import in_standard_state
+from fisherscope.words import counted
 
 BUDGET = 1 << 30
 
@@ -30,7 +31,7 @@ def matrix(
     layer: int,
     block: str,
     head: int,
-    stack: str = "decoder",
+    stack: str | None = None,
     config: InterferenceConfig | None = None,
     leave_pair_out: bool = False,
     memory_budget: int = BUDGET,
@@ -41,7 +42,8 @@ def matrix(
         store: an open store.
         task_a: whose samples lean on the entries (C and, by default, F).
         task_b: whose samples move them (g).
-        layer, block, head, stack: the slice; a query head for Q and O, a kv head for K and V.
+        layer, block, head: the slice; a query head for Q and O, a kv head for K and V.
+        stack: of the layer; the only one where None, and the decoder where there are several.
         config: form of the score; defaults where None.
         leave_pair_out: for the form "full": F without the two samples of each pair, as in lists of pairs.
         memory_budget: bytes of gradients to hold at a time.
@@ -61,7 +63,7 @@ def matrix(
         raise UsageError(f"leave_pair_out is for the form 'full', not for {config.form!r}")
     found = find_block(store, layer, block, config.part, stack)
     if not 0 <= head < len(found):
-        raise IndexError(f"{block} of layer {layer} has {len(found)} heads, asked for {head}")
+        raise IndexError(f"{block} of layer {layer} has {counted(len(found), 'head')}, asked for {head}")
     reader = SliceReader(store, memory_budget, (task_a, task_b))
     scores, lam = _scores(reader, found, head, (task_a, task_b), config, leave_pair_out=leave_pair_out)
     samples = [store.samples(task)["id"].to_numpy() for task in (task_a, task_b)]
@@ -96,7 +98,7 @@ def compute_sample_pair(
     layer: int,
     head: int,
     *,
-    stack: str = "decoder",
+    stack: str | None = None,
     config: InterferenceConfig | None = None,
 ) -> dict[str, float]:
     """Interference of one pair of samples on the four slices of one query head.
@@ -105,8 +107,9 @@ def compute_sample_pair(
         store: an open store.
         task_a, sample_i: the sample that leans on the entries, by its position in ``store.samples(task_a)``.
         task_b, sample_j: the sample that moves them.
-        layer, head, stack: the query head; K and V are those of the kv head that it uses, and so the same for
-            all query heads that share it.
+        layer, head: the query head; K and V are those of the kv head that it uses, and so the same for all
+            query heads that share it.
+        stack: of the layer; the only one where None, and the decoder where there are several.
         config: form of the score; defaults where None. With the form "full", F is that of the other samples.
 
     Returns:
@@ -127,7 +130,8 @@ def compute_sample_pair(
         n, stored = reader.rows(task), reader.stored(task)
         if not 0 <= row < (stored or n):
             raise IndexError(
-                f"task {task!r} has {n} samples, and gradients of the first {stored}: asked for row {row}"
+                f"task {task!r} has {counted(n, 'sample')}, and gradients of the first {stored}: asked for "
+                f"row {row}"
             )
     if (task_a, sample_i) == (task_b, sample_j):
         raise UsageError(
@@ -147,7 +151,9 @@ def compute_sample_pair(
     return found
 
 
-def stored_names(store: ContributionStore, layer: int, stack: str, config: InterferenceConfig) -> list[str]:
+def stored_names(
+    store: ContributionStore, layer: int, stack: str | None, config: InterferenceConfig
+) -> list[str]:
     """Blocks of a layer whose gradients are stored.
 
     Raises:

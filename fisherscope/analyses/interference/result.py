@@ -14,6 +14,7 @@ from fisherscope.analyses.interference.signed import CLAIM
 from fisherscope.analyses.interference.totals import NUMBERS
 from fisherscope.analyses.result import Result
 from fisherscope.analyses.units import head_maps, role_of, slice_name
+from fisherscope.words import counted
 
 HEALTH = ["fisher_min", "fisher_median", "fisher_max", "below_epsilon", "ridge"]
 MAPS = [*NUMBERS, *NAMES, *CLAIM, *HEALTH]
@@ -128,14 +129,15 @@ def _tested(rows: pd.DataFrame) -> str:
     found = known[known["q"] < _LEVEL]
     if found.empty:
         return (
-            f"samples of both overlap as those within a task do, on each of {len(known)} slices (no q < .05)."
+            f"samples of both overlap as those within a task do, on each of {counted(len(known), 'slice')} "
+            "(no q < .05)."
         )
     apart, together = (found["effect"] < 0).sum(), (found["effect"] > 0).sum()
     first = found.sort_values("effect", ascending=False, kind="stable", key=abs).iloc[0]
     return (
-        f"on {apart} of {len(known)} slices samples of both overlap less than samples within a task (the "
-        f"tasks use them differently), on {together} more (q < .05); most at {slice_name(first)} (effect "
-        f"{first['effect']:+.2g}, q {first['q']:.2g})."
+        f"on {apart} of {counted(len(known), 'slice')} samples of both overlap less than samples "
+        f"within a task (the tasks use them differently), on {together} more "
+        f"(q < .05); most at {slice_name(first)} (effect {first['effect']:+.2g}, q {first['q']:.2g})."
     )
 
 

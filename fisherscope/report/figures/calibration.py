@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from fisherscope.report.figures.parts import PlotlyDict, axis, column, plot, rounded
 from fisherscope.report.figures.registry import Figure
 from fisherscope.report.figures.scales import CATEGORIES
+from fisherscope.words import counted
 
 _GAP = 0.08
 
@@ -99,11 +100,12 @@ def _bars(bins: pd.DataFrame, ending: str, *, calibrated: bool) -> PlotlyDict:
         "y": column(_multiple(bins)),
         "width": column(width),
         "customdata": [
-            [rounded(one), rounded(two), int(n)] for one, two, n in zip(low, high, count, strict=True)
+            [rounded(one), rounded(two), counted(int(n), "p-value")]
+            for one, two, n in zip(low, high, count, strict=True)
         ],
         "marker": {"color": CATEGORIES[0 if calibrated else 1], "line": {"width": 0}},
         "xaxis": f"x{ending}",
         "yaxis": f"y{ending}",
-        "hovertemplate": "p from %{customdata[0]} to %{customdata[1]}<br>%{customdata[2]:,d} p-values, "
+        "hovertemplate": "p from %{customdata[0]} to %{customdata[1]}<br>%{customdata[2]}, "
         "%{y:.2f} times the even share<extra></extra>",
     }

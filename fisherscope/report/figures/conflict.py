@@ -12,9 +12,10 @@ from fisherscope.analyses.conflict import ConflictResult
 from fisherscope.report.figures.calibration import calibration
 from fisherscope.report.figures.maps import Hover, head_map, heads_note
 from fisherscope.report.figures.network import network
-from fisherscope.report.figures.parts import PlotlyDict, axis, column, plot, rounded
+from fisherscope.report.figures.parts import PlotlyDict, axis, column, count_axis, plot, rounded
 from fisherscope.report.figures.registry import Figure, register_figures
 from fisherscope.report.figures.scales import DIVERGING
+from fisherscope.words import counted
 
 _BINS = 60
 _HOVER = (
@@ -94,7 +95,8 @@ def _spread(a: str, b: str, cosines: NDArray[np.float64], whole: dict[Any, Any])
             "y": counts.tolist(),
             "showlegend": False,
             "marker": {"color": [below if m < 0 else above for m in middles]},
-            "hovertemplate": "cosine about %{x:+.3f}<br>%{y:,d} pairs<extra></extra>",
+            "customdata": [counted(int(count), "pair") for count in counts],
+            "hovertemplate": "cosine about %{x:+.3f}<br>%{customdata}<extra></extra>",
         }
     ]
     lines = [
@@ -119,8 +121,8 @@ def _spread(a: str, b: str, cosines: NDArray[np.float64], whole: dict[Any, Any])
             shapes=lines,
             annotations=[note],
             xaxis=axis("natural-gradient cosine over all attention weights", range=limits),
-            yaxis=axis("pairs"),
+            yaxis=count_axis("pairs", int(counts.max(initial=0))),
         ),
-        caption=f"{cosines.size:,} pairs of a sample of {a} and one of {b}. Solid line: their mean. Dashed: "
-        "mean cosine of different samples of one task.",
+        caption=f"{counted(cosines.size, 'pair')} of a sample of {a} and one of {b}. Solid line: their mean. "
+        "Dashed: mean cosine of different samples of one task.",
     )

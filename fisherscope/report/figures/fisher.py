@@ -9,6 +9,7 @@ from fisherscope.report.figures.maps import Hover, head_map, heads_note
 from fisherscope.report.figures.parts import PlotlyDict, axis, column, label, plot
 from fisherscope.report.figures.registry import Figure, register_figures
 from fisherscope.report.figures.scales import category
+from fisherscope.words import level
 
 
 @register_figures(FisherResult)
@@ -62,7 +63,7 @@ def _depth(layers: pd.DataFrame, confidence: float) -> Figure:
                     "thickness": 1.2,
                     "width": 3,
                 },
-                "hovertemplate": f"{label(name)}, layer %{{x}}<br>F %{{y:.3g}}<extra></extra>",
+                "hovertemplate": f"{label(name)}, layer %{{x:d}}<br>F %{{y:.3g}}<extra></extra>",
             }
         )
     kind = "bootstrap" if resampled else "t"
@@ -74,5 +75,5 @@ def _depth(layers: pd.DataFrame, confidence: float) -> Figure:
             xaxis=axis("layer", dtick=1 if layers["layer"].nunique() <= 16 else None),
             yaxis=axis("mean F per weight", type="log", exponentformat="power", dtick=1),
         ),
-        caption=f"All instrumented parameters of a layer, with {confidence:.0%} {kind} intervals.",
+        caption=f"All instrumented parameters of a layer, with {level(confidence)} {kind} intervals.",
     )

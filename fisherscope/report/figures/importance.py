@@ -12,6 +12,7 @@ from fisherscope.report.figures.parts import (
     PlotlyDict,
     axis,
     block_rank,
+    cell,
     column,
     label,
     plot,
@@ -19,8 +20,10 @@ from fisherscope.report.figures.parts import (
 )
 from fisherscope.report.figures.registry import Figure, register_figures
 from fisherscope.report.figures.scales import BLOCK_COLORS, category
+from fisherscope.report.figures.ticks import share_ticks
 
 _MOST_PAIRS = 6
+_HOVERED = ("taylor", "obd", "rank", "rank_low", "rank_high", "p_top")
 
 
 @register_figures(ImportanceResult)
@@ -47,7 +50,7 @@ def _bars(task: str, rows: pd.DataFrame, top_k: int) -> Figure:
     sure = bool(best["p_top"].notna().any())
     lines = ["%{y}", "share of F %{x:.2%}", "Taylor %{customdata[0]:.3g}, OBD %{customdata[1]:.3g}"]
     if sure:
-        lines.append("rank %{customdata[2]} (95 % of resamples: %{customdata[3]} to %{customdata[4]})")
+        lines.append("rank %{customdata[2]:,d} (95 % of resamples: %{customdata[3]} to %{customdata[4]})")
         lines.append("P(in the top list) %{customdata[5]:.2f}")
     data: list[PlotlyDict] = []
     names = [slice_label(row, "index") for row in best.to_dict("records")]
@@ -59,10 +62,7 @@ def _bars(task: str, rows: pd.DataFrame, top_k: int) -> Figure:
                 "name": label(block),
                 "y": part["name"].tolist(),
                 "x": column(part["global_share"]),
-                "customdata": [
-                    column(values)
-                    for values in part[["taylor", "obd", "rank", "rank_low", "rank_high", "p_top"]].to_numpy()
-                ],
+                "customdata": [[cell(row[name]) for name in _HOVERED] for row in part.to_dict("records")],
                 "marker": {"color": BLOCK_COLORS.get(block, category(5))},
                 "hovertemplate": "<br>".join(lines) + "<extra></extra>",
             }
@@ -102,11 +102,11 @@ def _scatter(a: str, b: str, first: pd.DataFrame, second: pd.DataFrame, spearman
                 "hovertemplate": hover,
             }
         )
-    decades = 0.0
+    ticks: PlotlyDict = {}
     if len(both):
         shares = both[["global_share_a", "global_share_b"]].to_numpy()
         ends = column([shares.min(), shares.max()])
-        decades = math.log10(shares.max() / shares.min())
+        ticks = share_ticks(float(shares.min()), float(shares.max()))
         data.append(
             {
                 "type": "scatter",
@@ -118,9 +118,8 @@ def _scatter(a: str, b: str, first: pd.DataFrame, second: pd.DataFrame, spearman
                 "line": {"color": "#8a8a8a", "width": 1, "dash": "dot"},
             }
         )
-    ticks = {"type": "log", "tickformat": "~%", "dtick": 1 if decades > 1.5 else "D2"}
     rank = "" if math.isnan(spearman) else f"Spearman correlation of the rankings: {spearman:.2f}."
-    x, y = (axis(f"share in {label(task)}", **ticks) for task in (a, b))
+    x, y = (axis(f"share in {label(task)}", type="log", **ticks) for task in (a, b))
     return Figure(
         title=f"{a} against {b}: share of F per head slice",
         plot=plot(data, 380, xaxis=x, yaxis=y),

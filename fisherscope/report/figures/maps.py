@@ -11,9 +11,10 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from fisherscope.analyses.units import role_of
-from fisherscope.report.figures.parts import PlotlyDict, axis, block_rank, label, plot, rounded
+from fisherscope.report.figures.parts import PlotlyDict, axis, block_rank, cell, label, plot, rounded
 from fisherscope.report.figures.scales import colorscale
 from fisherscope.report.figures.ticks import log_ticks
+from fisherscope.words import counted
 
 Array = NDArray[np.float64]
 Scale = Literal["sequential", "diverging"]
@@ -124,7 +125,7 @@ def heads_note(rows: pd.DataFrame) -> str:
     if not keys or keys >= queries:
         return ""
     return (
-        f"K and V have {keys} kv head{'s' if keys > 1 else ''}, each shared by {queries // keys} query heads."
+        f"K and V have {counted(keys, 'kv head')}, each shared by {counted(queries // keys, 'query head')}."
     )
 
 
@@ -167,7 +168,7 @@ def _trace(
         i, j, number_ = place[row["layer"]], int(row["head"]), float(row[value])
         visible = number_ > 0 or not log
         z[i][j] = rounded(np.log10(number_) if log and visible else number_) if visible else None
-        custom[i][j] = [rounded(number_), *(_cell(row[line.column]) for line in hover)]
+        custom[i][j] = [rounded(number_), *(cell(row[line.column]) for line in hover)]
     lines = [
         f"layer %{{y}}, {label(panel.block)} {panel.what} %{{x}}",
         f"{label(shown[0])} %{{customdata[0]:{shown[1]}}}",
@@ -201,10 +202,6 @@ def _dots(panel: _Panel, marked: str, size: int) -> PlotlyDict:
         if mark:
             text[place[layer]][int(head)] = "\N{BLACK CIRCLE}"
     return {"text": text, "texttemplate": "%{text}", "textfont": {"size": size}}
-
-
-def _cell(value: Any) -> Any:
-    return label(value) if isinstance(value, str) else rounded(value)
 
 
 def _coloraxis(values: Array, title: str, scale: Scale, *, log: bool) -> PlotlyDict:

@@ -8,6 +8,7 @@ from fisherscope.analyses.masks import WORDS, MasksResult
 from fisherscope.report.figures.parts import PlotlyDict, axis, column, label, plot
 from fisherscope.report.figures.registry import Figure, register_figures
 from fisherscope.report.figures.scales import category
+from fisherscope.words import level
 
 
 @register_figures(MasksResult)
@@ -39,7 +40,7 @@ def _bars(kind: str, rows: pd.DataFrame) -> Figure:
             }
         )
     return Figure(
-        title=f"What stays of the {WORDS.get(kind, kind)} at {sparsity:.0%} sparsity",
+        title=f"What stays of the {WORDS.get(kind, kind)} at {level(sparsity)} sparsity",
         plot=plot(
             data,
             300,

@@ -11,6 +11,7 @@ import pandas as pd
 from fisherscope.report.figures.parts import PlotlyDict, axis, column, label, plot, rounded
 from fisherscope.report.figures.registry import Figure
 from fisherscope.report.figures.scales import CATEGORIES
+from fisherscope.words import counted
 
 _MOST_NODES = 150
 _MOST_LINES = 1200
@@ -49,6 +50,9 @@ def network(pairs: pd.DataFrame, clusters: pd.DataFrame) -> Figure:
     cut = ""
     if len(shown) < len(pairs):
         cut = f" Of {len(pairs):,} found pairs the {len(shown):,} strongest are drawn; the table has all."
+    names = [_clip(a), _clip(b)]
+    if names[0] == names[1]:  # they differ in what was cut off
+        names = [a, b]
     return Figure(
         title=f"{a} and {b}: which samples conflict",
         plot=plot(
@@ -57,7 +61,7 @@ def network(pairs: pd.DataFrame, clusters: pd.DataFrame) -> Figure:
             margin={"l": 8, "r": 8, "t": 8, "b": 8},
             showlegend=False,
             xaxis=axis(
-                range=[-0.35, 1.35], tickvals=[0, 1], ticktext=[label(_clip(a)), label(_clip(b))], side="top",
+                range=[-0.35, 1.35], tickvals=[0, 1], ticktext=[label(name) for name in names], side="top",
                 showgrid=False, showline=False, ticks="", fixedrange=True,
             ),
             yaxis=axis(
@@ -179,14 +183,19 @@ def _side(nodes: dict[tuple[str, str], _Node], side: str, step: float) -> Plotly
         "textposition": "middle left" if side == "a" else "middle right",
         "textfont": {"size": 11},
         "customdata": [
-            [label(node.name), node.cluster, node.pairs, f"<br>{label(node.text)}" if node.text else ""]
+            [
+                label(node.name),
+                node.cluster,
+                counted(node.pairs, "found pair"),
+                f"<br>{label(node.text)}" if node.text else "",
+            ]
             for node in mine
         ],
         "marker": {
             "size": round(max(4.0, min(10.0, step * 0.6)), 1),
             "color": [CATEGORIES[_color(node.cluster)] for node in mine],
         },
-        "hovertemplate": "%{customdata[0]}<br>cluster %{customdata[1]}, %{customdata[2]} found pairs here"
+        "hovertemplate": "%{customdata[0]}<br>cluster %{customdata[1]}, %{customdata[2]} here"
         "%{customdata[3]}<extra></extra>",
     }
 

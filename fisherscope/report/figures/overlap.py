@@ -10,6 +10,7 @@ from fisherscope.analyses.overlap import OverlapResult
 from fisherscope.report.figures.parts import PlotlyDict, axis, column, label, plot, rounded
 from fisherscope.report.figures.registry import Figure, register_figures
 from fisherscope.report.figures.scales import category, colorscale
+from fisherscope.words import level
 
 _CHANCE = "#8a8a8a"
 _HOVER = (
@@ -32,7 +33,8 @@ def overlap_figures(result: OverlapResult) -> list[Figure]:
 
 def _against_chance(kind: str, rows: pd.DataFrame) -> Figure:
     names = [
-        f"{label(r['task_a'])} / {label(r['task_b'])}  {r['sparsity']:.0%}" for r in rows.to_dict("records")
+        f"{label(r['task_a'])} / {label(r['task_b'])}  {level(r['sparsity'])}"
+        for r in rows.to_dict("records")
     ]
     joined_x: list[float | None] = []
     joined_y: list[str | None] = []
@@ -104,7 +106,7 @@ def _layers(rows: pd.DataFrame) -> Figure:
         }
     ]
     return Figure(
-        title=f"Head slices at {sparsity:.0%} sparsity: overlap beyond chance, by layer",
+        title=f"Head slices at {level(sparsity)} sparsity: overlap beyond chance, by layer",
         plot=plot(
             data,
             34 * len(names) + 96,

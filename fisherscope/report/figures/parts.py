@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+import numbers
 from collections.abc import Iterable
 from typing import Any
 
@@ -25,6 +26,15 @@ def rounded(value: Any, digits: int = 4) -> float | None:
     return float(f"{number:.{digits}g}") if math.isfinite(number) else None
 
 
+def cell(value: Any) -> Any:
+    """A value for a hover text: whole numbers whole, others rounded, texts safe for plotly."""
+    if isinstance(value, str):
+        return label(value)
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return rounded(value)
+
+
 def column(values: Iterable[Any]) -> list[float | None]:
     """Rounded numbers of a column."""
     return [rounded(value) for value in values]
@@ -44,6 +54,12 @@ def slice_label(row: Any, head: str = "head") -> str:
 def axis(title: str = "", **more: Any) -> PlotlyDict:
     """An axis in the page's style."""
     return {"title": {"text": title, "standoff": 8}, "automargin": True, "zeroline": False, **more}
+
+
+def count_axis(title: str, most: int) -> PlotlyDict:
+    """An axis of counts from 0 to the highest one: whole numbers, none of them twice."""
+    few = {"dtick": 1} if most <= 5 else {}
+    return axis(title, tickformat=",d", rangemode="tozero", **few)
 
 
 def plot(data: list[PlotlyDict], height: int, **layout: Any) -> PlotlyDict:
