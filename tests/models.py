@@ -6,12 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 VOCABULARY = 61
+_OLD = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 1)
 
 
 @dataclass(frozen=True)
@@ -256,6 +258,12 @@ def relative_error(found: Tensor, expected: Tensor, *, floor: float = 0.0) -> fl
     """Largest difference relative to the largest expected entry, or to ``floor`` if that is larger."""
     scale = expected.abs().max().clamp_min(max(floor, torch.finfo(torch.float32).tiny))
     return float((found - expected).abs().max() / scale)
+
+
+def skip_where_old(reason: str) -> None:
+    """Skip a test of what transformers 5.0 does otherwise than what came after it."""
+    if _OLD:
+        pytest.skip(f"transformers {transformers.__version__}: {reason}")
 
 
 class PadsOnTheLeft:

@@ -143,7 +143,7 @@ def test_configurations(tmp_path, config, message):
 def test_damaged_files(copy):
     """Weights that are none, and a configuration that is no JSON."""
     (copy / "model.safetensors").write_bytes(b"garbage")
-    with pytest.raises(ModelLoadError, match=r"header too small\..*Save the model again"):
+    with pytest.raises(ModelLoadError, match=r"(?i)header ?too ?small.*Save the model again"):
         load_model(str(copy))
     (copy / "config.json").write_text("{")
     with pytest.raises(ModelLoadError, match="not a valid JSON"):

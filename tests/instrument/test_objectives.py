@@ -198,6 +198,8 @@ def alone(model: torch.nn.Module, row: dict[str, Any]) -> dict[str, Tensor]:
 def test_gradients_are_those_of_transformers_own_loss(case: str, tmp_path: Path) -> None:
     """Every parameter of each head, in padded batches; "auto" finds the objective."""
     name, build, make_rows = CASES[case]
+    if case.startswith("t5"):
+        models.skip_where_old("T5's encoder gives its table of positions no axis over samples")
     model, rows = build(), make_rows(5)
     assert resolve_objective("auto", model).name == name
     scope = fs.wrap(model, parameters="all")

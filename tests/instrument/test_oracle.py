@@ -82,6 +82,8 @@ def oracle(request: pytest.FixtureRequest) -> Oracle:
 @pytest.fixture(scope="module")
 def everything(oracle: Oracle, tmp_path_factory: pytest.TempPathFactory) -> Collected:
     """Gradients of every parameter, padded on the right."""
+    if oracle.name == "qwen3_next":
+        models.skip_where_old("its linear attention gives a sample something else beside padding")
     out = tmp_path_factory.mktemp("everything")
     return oracle.collect(out, parameters="all", extensions=EXACT)
 

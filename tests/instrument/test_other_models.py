@@ -45,7 +45,9 @@ def _summed(logits: Tensor, labels: Tensor) -> Tensor:
 )
 def test_gradients_equal_the_loop(name: str, loss: Callable[[Any, Any], Tensor], tmp_path: Path) -> None:
     """Every parameter of every stack, with a loss of one's own; and head slices cut by hand."""
-    model = models.build(models.named(name), layers=1)
+    if name.startswith("t5"):
+        models.skip_where_old("T5's encoder gives its table of positions no axis over samples")
+    model = models.build(models.named(name))
     data = models.rows(5)
     scope = fs.wrap(model, parameters="all")
     assert scope.coverage()["covered"].all()
