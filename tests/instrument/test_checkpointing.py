@@ -21,7 +21,7 @@ FAMILIES = ("llama", "gpt2", "opt", "mixtral", "qwen3-head-dim")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_checkpointed_models_equal_the_loop(name: str, reentrant: bool, tmp_path: Path) -> None:
     """Both kinds of checkpoints, on every parameter; the layers run twice, and are left as they were."""
-    model = models.build(models.named(name), layers=1)
+    model = models.build(models.named(name))
     data = models.rows(5)
     expected = models.loop(model, data)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
