@@ -86,7 +86,11 @@ def test_interrupt_and_resume(command, uninterrupted, tmp_path, start, run, numb
             assert np.array_equal(ours.numpy(), theirs.numpy())
 
 
-READY = "import fisherscope.__main__ as m; print('ready', flush=True); m.main()"
+# as in a terminal: whoever runs the tests in the background may have them ignore Ctrl-C
+READY = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "import fisherscope.__main__ as m; print('ready', flush=True); m.main()"
+)
 
 
 @pytest.mark.parametrize(
