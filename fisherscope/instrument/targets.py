@@ -113,7 +113,7 @@ def select_targets(model: nn.Module, layout: ModelLayout, choice: ParameterChoic
         rows.append((info, info.name in chosen, not reason, kind, reason))
     coverage = _coverage_frame(rows)
     _check(coverage, choice, tuned)
-    if tuned.idle and not tuned.trained and choice in {"attention", "linear"}:
+    if tuned.idle and not tuned.trained and choice in ("attention", "linear"):
         name, reason = next(iter(tuned.idle.items()))
         warnings.warn(
             f"no adapter of PEFT is in use ({name}: {reason}), so that parameters={choice!r} takes weights "

@@ -200,7 +200,7 @@ def test_errors_name_the_cause():
             test(nan)
         with pytest.raises(ValueError, match="dimensions"):
             test(good[0])
-    with pytest.raises(ValueError, match="with 1 samples of the other task"):
+    with pytest.raises(ValueError, match="with 1 sample of the other task"):
         sample_test(good[:, :1])
     with pytest.raises(ValueError, match="at least 2 samples of each task"):
         block_test(good[:1])

@@ -91,5 +91,5 @@ def test_advice_of_a_store_without_gradients_of_heads(tmp_path):
 def test_a_choice_that_matches_nothing_names_a_way_on(tmp_path):
     """Asking for attention where there is none says what to ask for."""
     kept = fs.SampleGradients(parameters="attention")
-    with pytest.raises(CoverageError, match="leave parameters out for a choice that fits the model"):
+    with pytest.raises(CoverageError, match="Leave parameters out for a choice that fits the model"):
         fs.wrap(mamba()).collect({"a": models.rows(2)}, tmp_path / "run.fs", extensions=(kept,), quiet=True)
